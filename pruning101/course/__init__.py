@@ -1,0 +1,1 @@
+"""The tools around the lessons: the command line, building, running and assigning notebooks."""

@@ -1,0 +1,1 @@
+"""The interactive figures of the lessons, one module a lesson."""
