@@ -1,0 +1,64 @@
+"""What every widget stands on: sliders bound to a pure function that draws a figure."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import ipywidgets
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+
+def png(figure: Figure) -> bytes:
+    """Return the figure as PNG bytes, and close it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def explore(
+    draw: Callable[..., Figure],
+    describe: Callable[..., str] | None = None,
+    **controls: ipywidgets.ValueWidget,
+) -> ipywidgets.VBox:
+    """Bind controls to a function that draws.
+
+    The figure is shown as an image widget rather than as output of a cell: it is replaced in one
+    piece, without flicker, and an error while drawing is shown in its place instead of being lost
+    in a callback.
+
+    Args:
+        draw: pure function of the controls' values, named as they are, that returns a figure.
+        describe: the same, returning a sentence that says in words what the figure shows.
+        controls: the widgets, each with a ``description``.
+
+    Raises:
+        ValueError: a control has no description, so that nobody could tell what it moves.
+    """
+    for name, control in controls.items():
+        if not getattr(control, "description", ""):
+            raise ValueError(
+                f"the control {name!r} has no description; give it one that says what it moves"
+            )
+        control.style.description_width = "initial"
+        control.layout.width = "min(32em, 95%)"
+    image = ipywidgets.Image(
+        format="png", layout=ipywidgets.Layout(max_width="100%", width="660px")
+    )
+    text = ipywidgets.HTML()
+
+    def update(_change: Any = None) -> None:
+        values = {name: control.value for name, control in controls.items()}
+        try:
+            with plt.ioff():
+                image.value = png(draw(**values))
+            text.value = describe(**values) if describe is not None else ""
+        except Exception as error:
+            text.value = f"<b>This setting could not be drawn:</b> {type(error).__name__}: {error}"
+            raise
+
+    for control in controls.values():
+        control.observe(update, names="value")
+    update()
+    return ipywidgets.VBox([*controls.values(), text, image])

@@ -1,0 +1,110 @@
+"""The history of a run: what is appended is kept, whatever happens afterwards."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from pruning101.core import data, masks, steps
+from pruning101.core.measure import Footprint, footprint
+from pruning101.core.models import build
+
+
+def step(index: int, model: nn.Module | None = None) -> steps.Step:
+    size = Footprint(
+        parameters=10, nonzero=9 - index, macs=100, depth=2, dense_bytes=40, coded_bytes=30
+    )
+    return steps.Step(
+        index, [f"fc1:{index}"], 0.9, 0.3, size, model, seconds=1.5, test_accuracy=0.88
+    )
+
+
+def epoch(index: int) -> steps.Epoch:
+    return steps.Epoch(index, 0.5 / index, 0.9, 0.4, 0.91, 0.1, 2.0)
+
+
+def test_round_trip_keeps_every_field_and_the_weights_of_every_model(tmp_path):
+    torch.manual_seed(0)
+    history = steps.History()
+    for index in (1, 2):
+        history.append(step(index, nn.Linear(3, index)))
+    history.append(epoch(1))
+    history.save(tmp_path / "run")
+    loaded = steps.History.load(tmp_path / "run")
+    assert len(loaded) == 3
+    for before, after in zip(history, loaded, strict=True):
+        if isinstance(before, steps.Step):
+            assert torch.equal(before.model.weight, after.model.weight)
+            before, after = (copy.copy(r) for r in (before, after))
+            object.__setattr__(before, "model", None)
+            object.__setattr__(after, "model", None)
+        assert before == after
+
+
+def test_appending_writes_at_once_and_resuming_goes_on(tmp_path):
+    history = steps.History.resume(tmp_path)
+    history.append(step(1))
+    again = steps.History.resume(tmp_path)
+    assert again.last == step(1)
+    again.append(step(2))
+    assert [s.index for s in steps.History.load(tmp_path)] == [1, 2]
+
+
+def test_a_write_that_fails_leaves_the_history_as_it_was(tmp_path, monkeypatch):
+    history = steps.History.resume(tmp_path)
+    history.append(step(1, nn.Linear(2, 2)))
+
+    def full(*_args, **_kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="no space"):
+        history.append(step(2, nn.Linear(2, 2)))
+    assert len(history) == 1
+    assert len(steps.History.load(tmp_path)) == 1
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_other_settings_are_refused(tmp_path):
+    history = steps.History.resume(tmp_path)
+    history.bind(rounds=3, seed=0)
+    history.append(step(1))
+    again = steps.History.load(tmp_path)
+    again.bind(rounds=3, seed=0)
+    with pytest.raises(ValueError, match=r"begun with rounds=3 .* asks for rounds=5"):
+        again.bind(rounds=5, seed=0)
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"records": [{"kind": "Other"}], "settings": {}}'])
+def test_damage_is_named(tmp_path, damage):
+    (tmp_path / steps.INDEX_FILE).write_text(damage)
+    with pytest.raises(ValueError, match="cannot be read"):
+        steps.History.load(tmp_path)
+
+
+def test_a_folder_without_history_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no history in"):
+        steps.History.load(tmp_path)
+
+
+def test_the_table_spreads_the_footprint_and_leaves_the_model_out():
+    table = steps.History([step(1, nn.Linear(2, 2)), step(2)]).table()
+    assert list(table["nonzero"]) == [8, 7]
+    assert "model" not in table.columns
+
+
+def test_measured_looks_at_the_model_and_keeps_a_copy():
+    digits = data.load("digits")
+    model = build("lenet_300_100", in_channels=1, image_size=8)
+    masks.apply(model, masks.from_scores({"fc1.weight": model.fc1.weight.detach().abs()}, 0.5))
+    found = steps.measured(1, 9600, model, digits, seconds=0.0)
+    example, labels = next(iter(digits.batches("test", len(digits.test))))
+    with torch.no_grad():
+        right = (model.eval()(example).argmax(1) == labels).float().mean().item()
+    assert found.test_accuracy == pytest.approx(right)
+    assert found.footprint == footprint(model, example[:1])
+    kept = found.model.fc1.weight.detach().clone()
+    with torch.no_grad():
+        model.fc1.weight_orig.mul_(2)
+    assert torch.equal(found.model.fc1.weight, kept)
