@@ -1,0 +1,74 @@
+"""What every benchmark shares: who measured, how repeats are interleaved, where results go."""
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+
+
+def environment() -> dict[str, Any]:
+    """Describe the machine and the versions that a measurement was made with."""
+    import numpy
+    import torch
+
+    from pruning101 import __version__
+
+    cuda = torch.cuda.is_available()
+    return {
+        "pruning101": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown"
+
+
+def interleaved(
+    candidates: dict[str, Callable[[], Any]], *, repeats: int = 7, warmup: int = 1
+) -> dict[str, dict[str, Any]]:
+    """Time each candidate `repeats` times, taking turns, so that a busy moment hits all alike.
+
+    Returns for each name the `median` and all `times`, in seconds.
+    """
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(warmup + repeats):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            if turn >= warmup:
+                times[name].append(time.perf_counter() - start)
+    return {name: {"median": statistics.median(t), "times": t} for name, t in times.items()}
+
+
+def write(path: str | Path, payload: dict[str, Any]) -> Path:
+    """Keep `payload` with the environment as `results/PATH.json` (or an absolute path); print it.
+
+    The parent folders are made; the text printed to stdout is the file's text.
+    """
+    target = RESULTS / Path(path).with_suffix(".json")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"environment": environment(), **payload}, indent=2)
+    target.write_text(text + "\n")
+    print(text)
+    return target
