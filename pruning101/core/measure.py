@@ -1,0 +1,436 @@
+"""What a network costs: parameters, non-zeros, MACs, depth, bytes, and milliseconds.
+
+Everything is measured by running the network on an example, so it holds for any module, and
+leaves the network exactly as it was found.
+"""
+
+import json
+import statistics
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+Example = Tensor | tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a network costs to keep and to run, as counted by :func:`footprint`.
+
+    ``parameters`` and ``nonzero`` are counts of numbers, ``macs`` multiply-adds for one input,
+    ``depth`` weighted layers one after the other, ``dense_bytes`` and ``coded_bytes`` bytes.
+    """
+
+    parameters: int
+    nonzero: int
+    macs: int
+    depth: int
+    dense_bytes: int
+    coded_bytes: int
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time of one forward pass: median and interquartile range over ``repeats`` passes, in ms."""
+
+    median_ms: float
+    iqr_ms: float
+    repeats: int
+
+
+def footprint(model: nn.Module, example: Example) -> Footprint:
+    """Count what ``model`` costs, running it once on ``example``; the model stays as it was.
+
+    ``example`` is one input batch, or a tuple of tensors for ``model(*example)``; its first
+    dimension is the batch.
+
+    - ``parameters``: all parameters, shared ones once. A masked layer has as many as before.
+    - ``nonzero``: parameters that are not zero once masks are applied, biases and norms included.
+    - ``macs``: multiply-adds per input of convolutions, linear layers and attention products (half
+      the FLOPs of ``torch.utils.flop_counter``); zeros cost as much as any other weight.
+    - ``depth``: the longest chain, from input to output, of products with weights: a convolution
+      or a linear layer counts one, an attention layer two (into and out of it), so ResNet-18
+      has 18 and LeNet-300-100 has 3.
+    - ``dense_bytes``: the tensors needed at inference as they lie in memory, masks not counted.
+    - ``coded_bytes``: the length of :func:`coded_state`.
+
+    Recurrent layers and products with fixed tensors that are no parameters add nothing to
+    ``depth``; fused recurrent kernels add nothing to ``macs``.
+
+    Raises ``ValueError`` if the example is empty.
+    """
+    inputs = model_inputs(model, example)
+    batch_size = next((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.ndim), 1)
+    if batch_size == 0:
+        raise ValueError("The example is an empty batch; give at least one input.")
+    # Attention is run as plain products, so that every one is seen whatever kernel would be used.
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with (
+            undisturbed(model),
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as flops,
+            _WeightedDepth(model, inputs) as chain,
+        ):
+            outputs = model(*inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    state = _distinct(inference_state(model))
+    return Footprint(
+        parameters=sum(p.numel() for p in model.parameters()),
+        nonzero=_count_nonzero(model),
+        macs=round(flops.get_total_flops() / 2 / batch_size),
+        depth=chain.depth_of(outputs),
+        dense_bytes=sum(t.numel() * t.element_size() for _, t in state),
+        coded_bytes=len(coded_state(model)),
+    )
+
+
+def latency(model: nn.Module, example: Example, *, threads: int | None = None) -> Latency:
+    """Time the forward pass of ``model`` on ``example``, in ms for the whole batch.
+
+    In ``eval`` and inference mode, after a warm-up, over at least 5 passes and for about one second;
+    the accelerator, where there is one, is waited for. ``threads`` fixes the number of CPU threads
+    for the measurement; it is put back afterwards. The model stays as it was.
+
+    Raises ``ValueError`` if ``threads`` is not positive.
+    """
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}.")
+    inputs = model_inputs(model, example)
+    wait = _synchroniser(inputs, model)
+    before = torch.get_num_threads()
+    times: list[float] = []
+    try:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        with undisturbed(model), torch.inference_mode():
+            # The first passes choose kernels and fill caches: they are not counted.
+            _repeat(lambda: model(*inputs), wait, least=3, most=50, seconds=0.2)
+            times = _repeat(lambda: model(*inputs), wait, least=5, most=1000, seconds=1.0)
+    finally:
+        torch.set_num_threads(before)
+    quartiles = statistics.quantiles(times, n=4)
+    return Latency(quartiles[1] * 1e3, (quartiles[2] - quartiles[0]) * 1e3, len(times))
+
+
+def _repeat(
+    run: Callable[[], Any], wait: Callable[[], None], *, least: int, most: int, seconds: float
+) -> list[float]:
+    times: list[float] = []
+    wait()
+    while len(times) < least or (len(times) < most and sum(times) < seconds):
+        start = time.perf_counter()
+        run()
+        wait()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def _synchroniser(inputs: tuple[Any, ...], model: nn.Module) -> Callable[[], None]:
+    tensors = [*model.parameters(), *(x for x in inputs if isinstance(x, Tensor))]
+    kind = tensors[0].device.type if tensors else "cpu"
+    if kind == "cuda":
+        return torch.cuda.synchronize
+    if kind == "mps":
+        return torch.mps.synchronize
+    return lambda: None
+
+
+# --- running a network without leaving a trace -------------------------------------------------
+
+
+def model_inputs(model: nn.Module, example: Example) -> tuple[Any, ...]:
+    """Return the arguments for ``model(*...)``: copies of ``example``, on the model's device.
+
+    Copies, because a network may begin with an operation in place.
+    """
+    parameter = next(iter(model.parameters()), None)
+    arguments = example if isinstance(example, tuple) else (example,)
+
+    def copy(x: Tensor) -> Tensor:
+        x = x.detach().clone()
+        return x if parameter is None else x.to(parameter.device)
+
+    return tuple(tree_map_only(Tensor, copy, arguments))
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` in ``eval`` mode inside the block, and back exactly as it was after it.
+
+    Training flags, buffers, gradients, ``requires_grad``, the effective weights that pruning
+    masks leave on modules, and the random state of the CPU are all as they were.
+    """
+    modules = list(model.modules())
+    training = [m.training for m in modules]
+    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    # Masks of torch.nn.utils.prune are as large as the weights and never written in a forward.
+    buffers = [
+        (m, name, b, b.clone())
+        for m in modules
+        for name, b in m._buffers.items()
+        if b is not None and not _is_mask(m, name)
+    ]
+    effective = [
+        (m, name, value)
+        for m in modules
+        for name, value in vars(m).items()
+        if isinstance(value, Tensor)
+    ]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model.eval()
+            yield
+    finally:
+        for m, flag in zip(modules, training, strict=True):
+            m.training = flag
+        for p, requires_grad, grad in parameters:
+            p.requires_grad_(requires_grad)
+            p.grad = grad
+        with torch.no_grad():
+            for m, name, buffer, copy in buffers:
+                m._buffers[name] = buffer
+                if not torch.equal(buffer, copy):
+                    buffer.copy_(copy)
+        for m, name, value in effective:
+            vars(m)[name] = value
+
+
+def _is_mask(module: nn.Module, buffer: str) -> bool:
+    return buffer.endswith("_mask") and f"{buffer[:-5]}_orig" in module._parameters
+
+
+# --- depth ------------------------------------------------------------------------------------
+
+_CONVOLUTIONS = {"convolution", "_convolution", "convolution_overrideable", "mkldnn_convolution"}
+_PRODUCTS = {
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "mv",
+    "addmv",
+    "linear",
+    "matmul",
+    "_addmm_activation",
+}
+_WEIGHT = -1  # level of a tensor computed from parameters alone
+
+
+class _WeightedDepth(TorchDispatchMode):
+    """Follow, through every operation, how many weighted products lie behind each tensor.
+
+    Levels are kept per storage, so that views and operations in place need no special care:
+    at least 0 for what depends on the input, ``_WEIGHT`` for what comes from parameters only.
+    """
+
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+        super().__init__()
+        self._levels: dict[int, int] = {}
+        self._kept: list[Any] = []  # storages stay alive, so that no address is used twice
+        for tensor in model.parameters():
+            self._set(tensor, _WEIGHT)
+        for module in model.modules():  # effective weights that masks left on the modules
+            for value in vars(module).values():
+                if isinstance(value, Tensor):
+                    self._set(value, _WEIGHT)
+        for tensor in tree_iter(inputs):
+            if isinstance(tensor, Tensor):
+                self._set(tensor, 0)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        known = [self._get(t) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
+        levels = [level for level in known if level is not None]
+        if not levels:
+            return result
+        level = max(levels)
+        name = func.overloadpacket.__name__
+        if level >= 0 and name in _CONVOLUTIONS | _PRODUCTS and self._has_weight(name, args):
+            level += 1
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                self._set(tensor, max(level, self._get(tensor) or level))
+        # What is written in place keeps the deepest of what went into it.
+        for value, argument in zip(args, func._schema.arguments, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for tensor in tree_iter(value):
+                    if isinstance(tensor, Tensor):
+                        self._set(tensor, level)
+        return result
+
+    def depth_of(self, outputs: Any) -> int:
+        """Level of the deepest tensor among ``outputs``."""
+        levels = [self._get(t) for t in tree_iter(outputs) if isinstance(t, Tensor)]
+        return max([0, *(level for level in levels if level is not None)])
+
+    def _has_weight(self, name: str, args: tuple[Any, ...]) -> bool:
+        # addmm(bias, a, b) and its like: the first operand is only added.
+        factors = (
+            args[1:3] if name in {"addmm", "baddbmm", "addmv", "_addmm_activation"} else args[:2]
+        )
+        return any(self._get(t) == _WEIGHT for t in factors)
+
+    def _get(self, tensor: Tensor) -> int | None:
+        return self._levels.get(tensor.untyped_storage()._cdata)
+
+    def _set(self, tensor: Tensor, level: int) -> None:
+        storage = tensor.untyped_storage()
+        self._kept.append(storage)
+        self._levels[storage._cdata] = level
+
+
+# --- bytes ------------------------------------------------------------------------------------
+
+
+def inference_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return every tensor that inference needs, by name: masks applied, and no mask kept.
+
+    Parameters and saved buffers, but for BatchNorm's batch counter, which only training reads;
+    the result loads into a dense twin with ``load_state_dict``. A tensor under two names appears
+    under both.
+    """
+    state: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                plain, value = _effective(module, name, parameter)
+                state[dot + plain] = value
+        for name, buffer in module._buffers.items():
+            skipped = name in module._non_persistent_buffers_set or name == "num_batches_tracked"
+            if buffer is not None and not skipped and not _is_mask(module, name):
+                state[dot + name] = buffer
+    return state
+
+
+def _effective(module: nn.Module, name: str, parameter: Tensor) -> tuple[str, Tensor]:
+    mask = module._buffers.get(f"{name[:-5]}_mask") if name.endswith("_orig") else None
+    if mask is None:
+        return name, parameter.detach()
+    return name[:-5], parameter.detach() * mask
+
+
+def _count_nonzero(model: nn.Module) -> int:
+    seen: set[int] = set()
+    count = 0
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                count += int(torch.count_nonzero(_effective(module, name, parameter)[1]))
+    return count
+
+
+def _distinct(state: dict[str, Tensor]) -> list[tuple[list[str], Tensor]]:
+    """Group names that stand for the same memory."""
+    found: dict[Any, tuple[list[str], Tensor]] = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        # An empty tensor has no address of its own.
+        found.setdefault(key if tensor.numel() else name, ([], tensor))[0].append(name)
+    return list(found.values())
+
+
+def coded_state(model: nn.Module) -> bytes:
+    """Return the network's inference state as a lossless, entropy-coded string of bytes.
+
+    What is coded is :func:`inference_state`: masks are applied, not stored. Each tensor becomes a
+    bit per entry that says whether it is zero, deflated, and then its non-zero values, split into
+    byte planes (signs and exponents together, then the bytes of the mantissa), each Huffman-coded
+    by zlib or stored as it is where that is no longer. Zeros thus cost well below a bit each, and
+    a whole row of them next to nothing, as in Han et al. (2016), Deep Compression, section 4,
+    but with no quantisation: :func:`decode_state` gives the same values back (a negative zero
+    comes back as zero).
+    """
+    header: list[dict[str, Any]] = []
+    blobs: list[bytes] = []
+    for names, tensor in _distinct(inference_state(model)):
+        flat = tensor.detach().cpu().reshape(-1)
+        keep = flat != 0
+        values = flat if bool(keep.all()) else flat[keep]
+        planes = values.contiguous().view(torch.uint8).reshape(-1, flat.element_size()).numpy()
+        parts = [zlib.compress(np.packbits(keep.numpy()).tobytes(), 6)]
+        parts += [_pack(np.ascontiguousarray(planes[:, i])) for i in range(planes.shape[1])]
+        header.append(
+            {
+                "names": names,
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "shape": list(tensor.shape),
+                "bytes": [len(part) for part in parts],
+            }
+        )
+        blobs += parts
+    text = zlib.compress(json.dumps(header).encode(), 9)
+    return b"".join([len(text).to_bytes(8, "little"), text, *blobs])
+
+
+def decode_state(coded: bytes) -> dict[str, Tensor]:
+    """Return the state dictionary that :func:`coded_state` coded, on the CPU.
+
+    Raises ``ValueError`` if ``coded`` is no such string or is cut short.
+    """
+    try:
+        start = 8 + int.from_bytes(coded[:8], "little")
+        header = json.loads(zlib.decompress(coded[8:start]))
+        state: dict[str, Tensor] = {}
+        for entry in header:
+            parts = []
+            for size in entry["bytes"]:
+                parts.append(coded[start : start + size])
+                start += size
+            tensor = _decode_tensor(parts, getattr(torch, entry["dtype"]), entry["shape"])
+            state |= dict.fromkeys(entry["names"], tensor)
+    except (zlib.error, KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"These bytes are not a whole coded state ({error}); give what coded_state returned."
+        ) from error
+    return state
+
+
+def _decode_tensor(parts: list[bytes], dtype: torch.dtype, shape: list[int]) -> Tensor:
+    count = int(np.prod(shape, dtype=np.int64))
+    bits = np.frombuffer(zlib.decompress(parts[0]), dtype=np.uint8)
+    keep = torch.from_numpy(np.unpackbits(bits, count=count).astype(bool))
+    flat = torch.zeros(count, dtype=dtype)
+    if bool(keep.any()):
+        planes = np.stack([np.frombuffer(_unpack(part), np.uint8) for part in parts[1:]], axis=1)
+        flat[keep] = torch.from_numpy(np.ascontiguousarray(planes)).reshape(-1).view(dtype)
+    return flat.reshape(shape)
+
+
+def _pack(plane: np.ndarray) -> bytes:
+    # Neighbouring weights hardly ever repeat, so looking for matches (the slow part) gains nothing.
+    # The last bytes of a mantissa are as good as noise: a sample tells, and spares the time.
+    raw = plane.tobytes()
+    sample = raw[: 1 << 16]
+    if len(_huffman(sample)) < len(sample):
+        coded = _huffman(raw)
+        if len(coded) < len(raw):
+            return b"\x01" + coded
+    return b"\x00" + raw
+
+
+def _huffman(raw: bytes) -> bytes:
+    coder = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
+    return coder.compress(raw) + coder.flush()
+
+
+def _unpack(part: bytes) -> bytes:
+    return zlib.decompress(part[1:]) if part[:1] == b"\x01" else part[1:]
