@@ -102,8 +102,8 @@ def footprint(model: nn.Module, example: Example) -> Footprint:
 def latency(model: nn.Module, example: Example, *, threads: int | None = None) -> Latency:
     """Time the forward pass of ``model`` on ``example``, in ms for the whole batch.
 
-    In ``eval`` and inference mode, after a warm-up, over at least 5 passes and for about one second;
-    the accelerator, where there is one, is waited for. ``threads`` fixes the number of CPU threads
+    In ``eval`` and inference mode, after a warm-up, over at least 5 passes and about one second; the
+    accelerator, where there is one, is waited for. ``threads`` fixes the number of CPU threads
     for the measurement; it is put back afterwards. The model stays as it was.
 
     Raises ``ValueError`` if ``threads`` is not positive.
