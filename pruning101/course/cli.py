@@ -1,0 +1,167 @@
+"""The command `pruning101`: the course from the command line."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from .. import __version__
+from . import material
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        sentence = message[:1].upper() + message[1:]
+        self.exit(2, f"{self.prog}: {sentence} (see {self.prog} --help).\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, 1 where something failed or is broken, 2 where it
+    was called wrongly.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except KeyboardInterrupt:
+        print("\npruning101: stopped.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        print(f"pruning101: {error}", file=sys.stderr)
+        return 1 if isinstance(error, RuntimeError) else 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="pruning101",
+        description="A course on making neural networks smaller by pruning: open, run, build, hand out.",
+    )
+    parser.add_argument("--version", action="version", version=f"pruning101 {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    lesson = "a lesson: 03_magnitude, magnitude, 03 or 3"
+
+    add = commands.add_parser
+    sub = add("lab", help="open the course in JupyterLab", description=_lab.__doc__)
+    sub.add_argument("--no-browser", action="store_true", help="only print the address")
+    sub.add_argument(
+        "--port",
+        type=int,
+        default=None,
+        help="the port to serve on (default: 8888, or the next free one)",
+    )
+    sub.set_defaults(run=_lab)
+
+    sub = add("run", help="run a lesson without a browser", description=_run.__doc__)
+    sub.add_argument("lesson", metavar="LESSON", help=lesson)
+    sub.add_argument(
+        "--profile", choices=("quick", "standard", "paper"), default="quick", help="default: quick"
+    )
+    sub.add_argument(
+        "--out", type=Path, metavar="PATH", help="default: runs/NN_topic.PROFILE.ipynb"
+    )
+    sub.set_defaults(run=_run)
+
+    sub = add("build", help="make the notebooks from the lessons", description=_build.__doc__)
+    sub.add_argument(
+        "lessons", metavar="LESSON", nargs="*", help=f"{lesson}, or index (default: all)"
+    )
+    sub.add_argument(
+        "--check", action="store_true", help="execute and write nothing; list what is out of step"
+    )
+    sub.set_defaults(run=_build)
+
+    sub = add("assign", help="write a lesson's student version", description=_assign.__doc__)
+    sub.add_argument("lesson", metavar="LESSON", help=lesson)
+    sub.add_argument(
+        "--to", type=Path, default=Path(), metavar="FOLDER", help="default: the current folder"
+    )
+    sub.set_defaults(run=_assign)
+
+    sub = add("data", help="make a data set's one file", description=_data.__doc__)
+    sub.add_argument("name", metavar="NAME", help="a data set: mnist, fashion_mnist, cifar10, ...")
+    sub.add_argument(
+        "--root",
+        type=Path,
+        metavar="DIR",
+        help="default: $PRUNING101_DATA, else the user's cache folder",
+    )
+    sub.set_defaults(run=_data)
+
+    sub = add("doctor", help="say what is installed and what is wrong", description=_doctor.__doc__)
+    sub.set_defaults(run=_doctor)
+    return parser
+
+
+def _lab(arguments: argparse.Namespace) -> int:
+    """Open JupyterLab on the course's index; without a display, print the address to open."""
+    from .lab import lab
+
+    return lab(browser=not arguments.no_browser, port=arguments.port)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Run a lesson top to bottom without a browser, save the executed notebook, and print its table
+    and its path.
+    """
+    from .run import run
+
+    table, path = run(material.find(arguments.lesson), profile=arguments.profile, out=arguments.out)
+    print(table)
+    print(path)
+    return 0
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    """Execute lessons on the quick profile and write their notebooks and student versions, the same
+    bytes each time.
+    """
+    from . import build
+
+    root = material.material()
+    index = material.Lesson("index", root)
+    chosen = [index if name == "index" else material.find(name, root) for name in arguments.lessons]
+    if not arguments.lessons:
+        chosen = [*material.lessons(root), *([index] if index.source.is_file() else [])]
+    if arguments.check:
+        faults = [fault for lesson in chosen for fault in build.check(lesson)]
+        for fault in faults:
+            print(fault)
+        return 1 if faults else 0
+    for lesson in chosen:
+        for remark in build.build(lesson):
+            print(f"{lesson.name}: {remark}", file=sys.stderr)
+        print(lesson.notebook)
+    return 0
+
+
+def _assign(arguments: argparse.Namespace) -> int:
+    """Write the student version of a lesson: solutions and hidden tests out, outputs cleared,
+    checks locked.
+    """
+    from .assign import assign
+
+    print(assign(material.find(arguments.lesson), arguments.to))
+    return 0
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    """Download a data set once and convert it into the one file that lessons read, which can be
+    handed on.
+    """
+    from ..core import data
+
+    print(data.convert(arguments.name, arguments.root))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    """Say in one screen what is installed, what will be used, where data is, and how to mend what
+    is wrong.
+    """
+    from .doctor import examine
+
+    report, broken = examine()
+    print(report)
+    return 1 if broken else 0

@@ -1,0 +1,13 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,nbgrader,mystnb,-all
+# ---
+
+# %% [markdown]
+# # A tiny course
+#
+# | | Lesson | Paper | Reading | Compute | |
+# | --- | --- | --- | --- | --- | --- |
+# | 07 | Tiny | | | | |
+# | 08 | Not there yet | Nobody 1989 | | | |
