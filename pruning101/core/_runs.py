@@ -1,0 +1,209 @@
+"""What a training run stands on: its device, seeds, processes and checkpoints."""
+
+import contextlib
+import hashlib
+import os
+import pickle
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pruning101.core import masks
+from pruning101.core.steps import Epoch
+
+
+def derive(*numbers: int) -> int:
+    """Return a seed that depends on all the numbers, so that no two runs or epochs share one."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Let layers that draw from the global generators (dropout) draw from `seed` instead.
+
+    Only the CPU's and this device's generator are touched, and both are put back.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        elif device.type == "mps":
+            before = torch.mps.get_rng_state()
+            torch.mps.manual_seed(seed)
+        try:
+            yield
+        finally:
+            if device.type == "mps":
+                torch.mps.set_rng_state(before)
+
+
+def usable(device: str | torch.device) -> torch.device:
+    """The device with its number, or an error if this machine has none of the kind."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f'device="{device}" needs a CUDA GPU and there is none; use "cpu".')
+        return torch.device("cuda", device.index or 0)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError('device="mps" needs an Apple GPU and there is none; use "cpu".')
+    return torch.empty(0, device=device).device
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first tensor is; the CPU for a model without any."""
+    return next((t.device for t in model.state_dict().values()), torch.device("cpu"))
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The floating-point type of the model's first parameter."""
+    floats = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return next(floats, torch.float32)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies in bfloat16 itself (NVIDIA since Ampere)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@contextlib.contextmanager
+def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put the model in training or evaluation mode, and each module back in its own after."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+class Group:
+    """The processes that `accelerate launch` started together; alone, a group of one does nothing.
+
+    Every process holds the whole model and the whole data, and takes its own part of each batch.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank, self.size, self.device = 0, 1, device
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from accelerate import PartialState
+
+            self._state = PartialState(cpu=device.type == "cpu")
+            self.rank, self.size = self._state.process_index, self._state.num_processes
+            self.device = self._state.device
+
+    def part(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, float]:
+        """This process's images and labels of a batch, and their share of it in [0, 1]."""
+        if self.size == 1:
+            return images, labels, 1.0
+        n = len(labels)
+        mine = slice(self.rank * n // self.size, (self.rank + 1) * n // self.size)
+        return images[mine], labels[mine], len(labels[mine]) / n
+
+    def sum(self, tensors: Iterable[Tensor | None]) -> None:
+        """Replace each tensor by its sum over all processes, in place; None is passed over."""
+        if self.size == 1:
+            return
+        from accelerate.utils import reduce
+
+        present = [tensor for tensor in tensors if tensor is not None]
+        total = reduce(torch.cat([tensor.reshape(-1) for tensor in present]), reduction="sum")
+        parts = total.split([tensor.numel() for tensor in present])
+        for tensor, part in zip(present, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def share(self, model: nn.Module) -> None:
+        """Give every process the parameters and buffers of the first."""
+        if self.size > 1:
+            from accelerate.utils import broadcast
+
+            for tensor in model.state_dict().values():
+                tensor.copy_(broadcast(tensor.clone()))
+
+    def average_norms(self, model: nn.Module) -> None:
+        """Average the running statistics of batch norms, which each process saw its part of."""
+        if self.size > 1:
+            norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+            running = [t for m in norms for t in (m.running_mean, m.running_var) if t is not None]
+            if running:
+                self.sum(running)
+                for tensor in running:
+                    tensor.div_(self.size)
+
+    def wait(self) -> None:
+        """Return once all processes have come here."""
+        if self.size > 1:
+            self._state.wait_for_everyone()
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Return a short hash of the values of some tensors."""
+    total = hashlib.sha256()
+    for tensor in tensors:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        total.update(flat.view(torch.uint8).numpy())
+    return total.hexdigest()[:16]
+
+
+def save(
+    path: Path,
+    settings: dict[str, Any],
+    records: Iterable[Epoch],
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+) -> None:
+    """Write a checkpoint; `path` is the old file until the new one is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        torch.save(
+            {
+                "settings": settings,
+                "epochs": [asdict(record) for record in records],
+                "model": model.state_dict(),
+                "optimizer": optimiser.state_dict(),
+            },
+            beside,
+        )
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def resume(
+    path: Path,
+    settings: dict[str, Any],
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    device: torch.device,
+) -> list[Epoch]:
+    """Load a checkpoint into `model` and `optimiser` and return the epochs already done.
+
+    Raises:
+        ValueError: the file is damaged or no checkpoint of `fit`, or its settings are others.
+    """
+    try:
+        found = torch.load(path, map_location=device, weights_only=True)
+        before = found["settings"]
+        records = [Epoch(**record) for record in found["epochs"]]
+        states = found["model"], found["optimizer"]
+    except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as e:
+        raise ValueError(
+            f"{str(path)!r} is damaged or was not written by fit; delete it to start afresh."
+        ) from e
+    for name in settings | before:
+        if before.get(name) != settings.get(name):
+            raise ValueError(
+                f"The checkpoint {str(path)!r} was made with {name}={before.get(name)!r}, not "
+                f"{settings.get(name)!r}; use the same settings, or another file."
+            )
+    model.load_state_dict(states[0])
+    optimiser.load_state_dict(states[1])
+    masks.refresh(model)
+    return records

@@ -1,0 +1,395 @@
+"""Training and evaluation: `fit` and `evaluate`, the same for every lesson, device and recipe."""
+
+import difflib
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pruning101.core import _runs, masks
+from pruning101.core.data import Dataset
+from pruning101.core.steps import Epoch, History
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a model does on a split: `accuracy` in [0, 1] and mean `loss` per image."""
+
+    accuracy: float
+    loss: float
+
+
+def squared_error(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Sum over classes of (output - one-hot target)^2, averaged over the batch."""
+    targets = F.one_hot(labels, outputs.shape[1]).to(outputs.dtype)  # [B, K]
+    return (outputs - targets).square().sum(1).mean()
+
+
+def distillation(outputs: Tensor, teacher_outputs: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy to the teacher's softened answer, less its entropy, times temperature^2.
+
+    Both are logits [B, K]; the result is T^2 KL(softmax(teacher / T) || softmax(student / T)),
+    averaged over the batch. The factor T^2 keeps the size of the gradients independent of T.
+    Source: Hinton, Vinyals and Dean 2015, section 2.
+    """
+    student = F.log_softmax(outputs.float() / temperature, dim=1)
+    teacher = F.log_softmax(teacher_outputs.float() / temperature, dim=1)
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+_LOSSES: dict[str, Loss] = {"cross_entropy": F.cross_entropy, "squared_error": squared_error}
+_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+}
+_OPTIMIZERS = ("sgd", "adam", "adamw")
+_PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+def default_device() -> torch.device:
+    """Return the fastest device here: CUDA, then Apple's MPS, then the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def evaluate(
+    model: nn.Module,
+    data: Dataset,
+    split: str = "test",
+    *,
+    batch_size: int = 1024,
+    loss: str | Loss = "cross_entropy",
+    device: str | torch.device | None = None,
+) -> Score:
+    """Measure accuracy and mean loss of `model` on a split; the model is left as it was.
+
+    Runs in evaluation mode and float32 where the model is, or on a copy on `device`.
+
+    Raises:
+        ValueError: unknown split or loss, an empty split, or a model that has not one output a
+            class.
+    """
+    loss_function = _loss(loss)
+    _known("split", split, ("train", "valid", "test"))
+    n = len(getattr(data, split))
+    if n == 0:
+        raise ValueError(f"The {split} split of {data.name!r} is empty: nothing to measure on.")
+    where = _runs.device_of(model)
+    if device is not None and _runs.usable(device) != where:
+        where = _runs.usable(device)
+        model = masks.clone(model).to(where)
+    losses: list[Tensor] = []
+    hits: list[Tensor] = []
+    dtype = _runs.dtype_of(model)
+    with _runs.mode(model, training=False), torch.no_grad():
+        for images, labels in data.batches(split, batch_size, device=where):
+            outputs = model(images.to(dtype))
+            if not losses and isinstance(loss, str):
+                _check_outputs(outputs, data)
+            losses.append(loss_function(outputs, labels) * (len(labels) / n))
+            hits.append(_hits(outputs, labels))
+    masks.refresh(model)  # the effective weights carry a gradient again
+    # Numbers are read only now, so that an accelerator never waits.
+    return Score(accuracy=torch.stack(hits).sum().item() / n, loss=torch.stack(losses).sum().item())
+
+
+def fit(
+    model: nn.Module,
+    data: Dataset,
+    *,
+    epochs: int,
+    lr: float,
+    optimizer: str = "sgd",
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    batch_size: int = 128,
+    schedule: str | Callable[[float], float] = "constant",
+    loss: str | Loss = "cross_entropy",
+    penalty: Callable[[nn.Module], Tensor] | None = None,
+    teacher: nn.Module | None = None,
+    teacher_weight: float = 0.5,
+    temperature: float = 4.0,
+    after_step: Callable[[nn.Module], Any] | None = None,
+    augment: bool = False,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    precision: str = "auto",
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> History:
+    """Train `model` in place on the train split and return one `Epoch` record an epoch.
+
+    The objective is the `loss` ("cross_entropy", "squared_error" or a function of outputs and
+    labels), plus `penalty(model)` where given. With a `teacher`, it is (1 - w) loss +
+    w `distillation` at w = `teacher_weight`. Only parameters with `requires_grad` are trained, and
+    masked weights stay zero. `momentum` is that of "sgd"; `weight_decay` is the optimiser's own
+    (decoupled for "adamw"). The rate of a step is `lr` times `schedule` of the progress in [0, 1).
+    `after_step(model)` runs after each step of the optimiser.
+
+    Order, augmentation and dropout of an epoch depend on `seed` and its number alone; the global
+    random state is neither used nor changed. A last batch of fewer than two images a process is
+    left out of its epoch, since batch norm cannot normalise a single one.
+
+    The model is moved to `device`: by default where it is, if that is an accelerator, else
+    `default_device()`. "auto" precision is bfloat16 on CUDA devices that have it, else float32.
+    Under `accelerate launch` each process takes its share of every batch and gradients are summed,
+    as if one process took the whole batch (batch norm uses each share's own statistics).
+
+    With `checkpoint` the file of that name is written after each epoch, and the same call
+    continues from it (from its weights, whatever `model` holds) to the numbers of an uninterrupted
+    run. Functions are compared by name only. A progress bar shows on a terminal, and vanishes.
+
+    Raises:
+        ValueError: a setting out of range, data and model that do not fit, or a checkpoint that is
+            damaged or was made with other settings; all before any training.
+        FloatingPointError: the objective is no longer finite; names epoch and step.
+    """
+    _check_numbers(
+        epochs=epochs,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        batch_size=batch_size,
+        teacher_weight=teacher_weight,
+        temperature=temperature,
+        seed=seed,
+    )
+    _known("optimizer", optimizer, _OPTIMIZERS)
+    _known("precision", precision, _PRECISIONS)
+    loss_function = _loss(loss)
+    if isinstance(schedule, str):
+        factor = _SCHEDULES[_known("schedule", schedule, _SCHEDULES)]
+    else:
+        factor = schedule
+    for split in ("train", "valid"):
+        if len(getattr(data, split)) == 0:
+            raise ValueError(
+                f"The {split} split of {data.name!r} is empty: fit needs images there."
+            )
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("Nothing to train: no parameter of the model has requires_grad=True.")
+    where = _runs.usable(device) if device is not None else _runs.device_of(model)
+    if device is None and where.type == "cpu":
+        where = _runs.usable(default_device())
+    group = _runs.Group(where)
+    where = group.device
+    steps = _steps(len(data.train), batch_size, group.size)
+    bfloat16 = precision == "bfloat16" or (precision == "auto" and _runs.has_bfloat16(where))
+    model.to(where)
+    masks.refresh(model)
+    dtype = _runs.dtype_of(model)
+    with _runs.mode(model, training=False), torch.no_grad():
+        images, _ = next(iter(data.batches("train", 2, device=where)))
+        outputs = model(images.to(dtype))
+    if isinstance(loss, str):
+        _check_outputs(outputs, data)
+    if teacher is not None:
+        teacher = masks.clone(teacher).to(where).eval()
+
+    optimiser = _optimizer(optimizer, parameters, lr, momentum, weight_decay)
+    history = History()
+    settings: dict[str, Any] = {}
+    if checkpoint is not None:
+        checkpoint = Path(checkpoint)
+        settings = {
+            "epochs": epochs,
+            "lr": lr,
+            "optimizer": optimizer,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "batch_size": batch_size,
+            "schedule": _name(schedule),
+            "loss": _name(loss),
+            "penalty": _name(penalty),
+            "teacher": None if teacher is None else _runs.digest(teacher.state_dict().values()),
+            "teacher_weight": teacher_weight,
+            "temperature": temperature,
+            "after_step": _name(after_step),
+            "augment": augment,
+            "seed": seed,
+            "precision": "bfloat16" if bfloat16 else "float32",
+            "data": f"{data.name} {list(data.train.images.shape)}",
+            "labels": _runs.digest([data.train.labels, data.valid.labels]),
+            "model": str({name: list(t.shape) for name, t in model.state_dict().items()}),
+            "masks": _runs.digest(masks.masks_of(model).values()),
+        }
+        if checkpoint.exists():
+            history = History(_runs.resume(checkpoint, settings, model, optimiser, where))
+        group.wait()
+    group.share(model)
+
+    def objective_of(images: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        with torch.autocast(where.type, torch.bfloat16, enabled=bfloat16):
+            outputs = model(images)
+            objective = loss_function(outputs, labels)
+            if teacher is not None:
+                with torch.no_grad():
+                    answers = teacher(images)
+                lesson = distillation(outputs, answers, temperature)
+                objective = (1 - teacher_weight) * objective + teacher_weight * lesson
+            objective = share * objective
+            if penalty is not None:
+                objective = objective + penalty(model) / group.size
+        return objective, _hits(outputs.detach(), labels)
+
+    check_every = 1 if where.type == "cpu" else 50  # reading a number makes an accelerator wait
+    done = len(history)
+    bar = tqdm(
+        total=epochs * steps,
+        initial=done * steps,
+        desc="training",
+        unit="step",
+        leave=False,
+        disable=not (progress and group.rank == 0 and sys.stderr and sys.stderr.isatty()),
+    )
+    with bar, _runs.mode(model, training=True):
+        for epoch in range(done + 1, epochs + 1):
+            start = time.perf_counter()
+            batches = data.batches(
+                "train",
+                batch_size,
+                shuffle=True,
+                augment=augment,
+                seed=_runs.derive(seed, epoch),
+                device=where,
+            )
+            losses, hits = torch.zeros(2, steps, device=where)
+            sizes: list[int] = []
+            with _runs.seeded(_runs.derive(seed, epoch, group.rank), where):
+                for step, (images, labels) in enumerate(itertools.islice(batches, steps)):
+                    sizes.append(len(labels))
+                    rate = lr * factor(((epoch - 1) * steps + step) / (epochs * steps))
+                    for settings_of in optimiser.param_groups:
+                        settings_of["lr"] = rate
+                    images, labels, share = group.part(images, labels)
+                    optimiser.zero_grad()
+                    objective, hits[step] = objective_of(images.to(dtype), labels, share)
+                    objective.backward()
+                    losses[step] = objective.detach()
+                    group.sum([losses[step], hits[step], *(p.grad for p in parameters)])
+                    if (step + 1) % check_every == 0 or step + 1 == steps:
+                        _check_finite(losses[: step + 1], epoch, rate)
+                    optimiser.step()
+                    if after_step is not None:
+                        masks.refresh(model)  # so that it reads the new weights
+                        after_step(model)
+                    bar.update()
+                group.average_norms(model)
+                valid = evaluate(model, data, "valid", loss=loss)
+            weights = torch.tensor(sizes) / sum(sizes)
+            history.append(
+                Epoch(
+                    index=epoch,
+                    loss=(losses.cpu() @ weights).item(),
+                    accuracy=hits.sum().item() / sum(sizes),
+                    valid_loss=valid.loss,
+                    valid_accuracy=valid.accuracy,
+                    lr=rate,
+                    seconds=time.perf_counter() - start,
+                )
+            )
+            bar.set_postfix(valid=f"{valid.accuracy:.1%}")
+            if checkpoint is not None and group.rank == 0:
+                _runs.save(checkpoint, settings, history, model, optimiser)
+    optimiser.zero_grad()
+    group.wait()
+    return history
+
+
+def _check_numbers(**values: float) -> None:
+    """Refuse what is out of range; the rules say what is in it."""
+    rules: dict[str, tuple[str, Callable[[float], bool]]] = {
+        "epochs": ("a whole number, 0 or more", lambda v: isinstance(v, int) and v >= 0),
+        "lr": ("a finite number above 0", lambda v: 0 < v < math.inf),
+        "momentum": ("in [0, 1)", lambda v: 0 <= v < 1),
+        "weight_decay": ("a finite number, 0 or more", lambda v: 0 <= v < math.inf),
+        "batch_size": ("a whole number, 1 or more", lambda v: isinstance(v, int) and v >= 1),
+        "teacher_weight": ("in [0, 1]", lambda v: 0 <= v <= 1),
+        "temperature": ("a finite number above 0", lambda v: 0 < v < math.inf),
+        "seed": ("a whole number, 0 or more", lambda v: isinstance(v, int) and v >= 0),
+    }
+    for name, value in values.items():
+        words, holds = rules[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
+            raise ValueError(f"{name} must be {words}, not {value!r}.")
+
+
+def _known(what: str, name: str, names: Iterable[str]) -> str:
+    names = list(names)
+    if name not in names:
+        near = difflib.get_close_matches(str(name), names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; choose one of {names}."
+        raise ValueError(f"Unknown {what} {name!r}{hint}")
+    return name
+
+
+def _loss(loss: str | Loss) -> Loss:
+    return _LOSSES[_known("loss", loss, _LOSSES)] if isinstance(loss, str) else loss
+
+
+def _name(setting: Any) -> str | None:
+    """How a checkpoint remembers a setting that may be a function."""
+    if setting is None or isinstance(setting, str):
+        return setting
+    return getattr(setting, "__qualname__", type(setting).__qualname__)
+
+
+def _steps(images: int, batch_size: int, processes: int) -> int:
+    """Batches an epoch, less a last one too small for batch norm in some process."""
+    if min(images, batch_size) < processes:
+        raise ValueError(
+            f"{processes} processes cannot share batches of {min(images, batch_size)} images; "
+            "raise batch_size or launch fewer."
+        )
+    steps, rest = divmod(images, batch_size)
+    return steps + (rest >= 2 * processes or steps == 0)
+
+
+def _optimizer(
+    name: str, parameters: list[nn.Parameter], lr: float, momentum: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay)
+    kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
+    return kind(parameters, lr, weight_decay=weight_decay)
+
+
+def _check_outputs(outputs: Tensor, data: Dataset) -> None:
+    """Refuse a model without one output a class, before a loss fails on it (or a GPU asserts)."""
+    if outputs.ndim != 2 or outputs.shape[1] != len(data.classes):
+        raise ValueError(
+            f"The model gives outputs of shape {list(outputs.shape)}, but {data.name!r} has "
+            f"{len(data.classes)} classes; build it with classes={len(data.classes)}."
+        )
+
+
+def _hits(outputs: Tensor, labels: Tensor) -> Tensor:
+    """How many of the batch are right; NaN where outputs are not one number a class."""
+    if outputs.ndim != 2:
+        return outputs.new_tensor(math.nan)
+    return (outputs.argmax(1) == labels).sum().float()
+
+
+def _check_finite(losses: Tensor, epoch: int, rate: float) -> None:
+    bad = ~losses.isfinite()
+    if bad.any():
+        step = int(bad.nonzero()[0])
+        raise FloatingPointError(
+            f"The loss became {losses[step].item()} at step {step + 1} of epoch {epoch}; try a "
+            f"lower lr (it was {rate:g}), a weaker penalty, or look for NaN in the model's weights."
+        )
