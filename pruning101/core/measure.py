@@ -8,20 +8,23 @@ import json
 import statistics
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-Example = Tensor | tuple[Any, ...]
+from pruning101.core.tracing import (
+    Example,
+    Tracer,
+    is_mask,
+    model_inputs,
+    plain_attention,
+    undisturbed,
+)
 
 
 @dataclass(frozen=True)
@@ -74,26 +77,20 @@ def footprint(model: nn.Module, example: Example) -> Footprint:
     batch_size = next((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.ndim), 1)
     if batch_size == 0:
         raise ValueError("The example is an empty batch; give at least one input.")
-    # Attention is run as plain products, so that every one is seen whatever kernel would be used.
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with (
-            undisturbed(model),
-            torch.no_grad(),
-            sdpa_kernel(SDPBackend.MATH),
-            FlopCounterMode(display=False) as flops,
-            _WeightedDepth(model, inputs) as chain,
-        ):
-            outputs = model(*inputs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+    with (
+        undisturbed(model),
+        torch.no_grad(),
+        plain_attention(),
+        FlopCounterMode(display=False) as flops,
+        Tracer(model, inputs) as trace,
+    ):
+        outputs = model(*inputs)
     state = _distinct(inference_state(model))
     return Footprint(
         parameters=sum(p.numel() for p in model.parameters()),
         nonzero=_count_nonzero(model),
         macs=round(flops.get_total_flops() / 2 / batch_size),
-        depth=chain.depth_of(outputs),
+        depth=trace.depth_of(outputs),
         dense_bytes=sum(t.numel() * t.element_size() for _, t in state),
         coded_bytes=len(coded_state(model)),
     )
@@ -102,7 +99,7 @@ def footprint(model: nn.Module, example: Example) -> Footprint:
 def latency(model: nn.Module, example: Example, *, threads: int | None = None) -> Latency:
     """Time the forward pass of ``model`` on ``example``, in ms for the whole batch.
 
-    In ``eval`` and inference mode, after a warm-up, over at least 5 passes and about one second; the
+    In ``eval`` and inference mode, after a warm-up, at least 5 passes and about one second; the
     accelerator, where there is one, is waited for. ``threads`` fixes the number of CPU threads
     for the measurement; it is put back afterwards. The model stays as it was.
 
@@ -150,152 +147,6 @@ def _synchroniser(inputs: tuple[Any, ...], model: nn.Module) -> Callable[[], Non
     return lambda: None
 
 
-# --- running a network without leaving a trace -------------------------------------------------
-
-
-def model_inputs(model: nn.Module, example: Example) -> tuple[Any, ...]:
-    """Return the arguments for ``model(*...)``: copies of ``example``, on the model's device.
-
-    Copies, because a network may begin with an operation in place.
-    """
-    parameter = next(iter(model.parameters()), None)
-    arguments = example if isinstance(example, tuple) else (example,)
-
-    def copy(x: Tensor) -> Tensor:
-        x = x.detach().clone()
-        return x if parameter is None else x.to(parameter.device)
-
-    return tuple(tree_map_only(Tensor, copy, arguments))
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` in ``eval`` mode inside the block, and back exactly as it was after it.
-
-    Training flags, buffers, gradients, ``requires_grad``, the effective weights that pruning
-    masks leave on modules, and the random state of the CPU are all as they were.
-    """
-    modules = list(model.modules())
-    training = [m.training for m in modules]
-    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    # Masks of torch.nn.utils.prune are as large as the weights and never written in a forward.
-    buffers = [
-        (m, name, b, b.clone())
-        for m in modules
-        for name, b in m._buffers.items()
-        if b is not None and not _is_mask(m, name)
-    ]
-    effective = [
-        (m, name, value)
-        for m in modules
-        for name, value in vars(m).items()
-        if isinstance(value, Tensor)
-    ]
-    try:
-        with torch.random.fork_rng(devices=[]):
-            model.eval()
-            yield
-    finally:
-        for m, flag in zip(modules, training, strict=True):
-            m.training = flag
-        for p, requires_grad, grad in parameters:
-            p.requires_grad_(requires_grad)
-            p.grad = grad
-        with torch.no_grad():
-            for m, name, buffer, copy in buffers:
-                m._buffers[name] = buffer
-                if not torch.equal(buffer, copy):
-                    buffer.copy_(copy)
-        for m, name, value in effective:
-            vars(m)[name] = value
-
-
-def _is_mask(module: nn.Module, buffer: str) -> bool:
-    return buffer.endswith("_mask") and f"{buffer[:-5]}_orig" in module._parameters
-
-
-# --- depth ------------------------------------------------------------------------------------
-
-_CONVOLUTIONS = {"convolution", "_convolution", "convolution_overrideable", "mkldnn_convolution"}
-_PRODUCTS = {
-    "mm",
-    "addmm",
-    "bmm",
-    "baddbmm",
-    "mv",
-    "addmv",
-    "linear",
-    "matmul",
-    "_addmm_activation",
-}
-_WEIGHT = -1  # level of a tensor computed from parameters alone
-
-
-class _WeightedDepth(TorchDispatchMode):
-    """Follow, through every operation, how many weighted products lie behind each tensor.
-
-    Levels are kept per storage, so that views and operations in place need no special care:
-    at least 0 for what depends on the input, ``_WEIGHT`` for what comes from parameters only.
-    """
-
-    def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        super().__init__()
-        self._levels: dict[int, int] = {}
-        self._kept: list[Any] = []  # storages stay alive, so that no address is used twice
-        for tensor in model.parameters():
-            self._set(tensor, _WEIGHT)
-        for module in model.modules():  # effective weights that masks left on the modules
-            for value in vars(module).values():
-                if isinstance(value, Tensor):
-                    self._set(value, _WEIGHT)
-        for tensor in tree_iter(inputs):
-            if isinstance(tensor, Tensor):
-                self._set(tensor, 0)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        known = [self._get(t) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
-        levels = [level for level in known if level is not None]
-        if not levels:
-            return result
-        level = max(levels)
-        name = func.overloadpacket.__name__
-        if level >= 0 and name in _CONVOLUTIONS | _PRODUCTS and self._has_weight(name, args):
-            level += 1
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
-                self._set(tensor, max(level, self._get(tensor) or level))
-        # What is written in place keeps the deepest of what went into it.
-        for value, argument in zip(args, func._schema.arguments, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                for tensor in tree_iter(value):
-                    if isinstance(tensor, Tensor):
-                        self._set(tensor, level)
-        return result
-
-    def depth_of(self, outputs: Any) -> int:
-        """Level of the deepest tensor among ``outputs``."""
-        levels = [self._get(t) for t in tree_iter(outputs) if isinstance(t, Tensor)]
-        return max([0, *(level for level in levels if level is not None)])
-
-    def _has_weight(self, name: str, args: tuple[Any, ...]) -> bool:
-        # addmm(bias, a, b) and its like: the first operand is only added.
-        factors = (
-            args[1:3] if name in {"addmm", "baddbmm", "addmv", "_addmm_activation"} else args[:2]
-        )
-        return any(self._get(t) == _WEIGHT for t in factors)
-
-    def _get(self, tensor: Tensor) -> int | None:
-        return self._levels.get(tensor.untyped_storage()._cdata)
-
-    def _set(self, tensor: Tensor, level: int) -> None:
-        storage = tensor.untyped_storage()
-        self._kept.append(storage)
-        self._levels[storage._cdata] = level
-
-
 # --- bytes ------------------------------------------------------------------------------------
 
 
@@ -315,7 +166,7 @@ def inference_state(model: nn.Module) -> dict[str, Tensor]:
                 state[dot + plain] = value
         for name, buffer in module._buffers.items():
             skipped = name in module._non_persistent_buffers_set or name == "num_batches_tracked"
-            if buffer is not None and not skipped and not _is_mask(module, name):
+            if buffer is not None and not skipped and not is_mask(module, name):
                 state[dot + name] = buffer
     return state
 
