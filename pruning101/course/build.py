@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .assign import FOLDED, student
-from .execute import CellFailed, clean, execute, first_line, write
+from .execute import clean, execute, first_line, write
 from .material import Lesson, lessons
 
 FILTER = "tags,nbgrader,mystnb,-all"
@@ -47,6 +47,9 @@ def build(lesson: Lesson) -> list[str]:
     stderr). Raises ValueError where the source is not made as a lesson must be, and CellFailed
     where a cell raises.
     """
+    if not lesson.number:
+        refresh_index(lesson.root)
+        return []
     text = lesson.source.read_text(encoding="utf-8")
     notebook = pair(text, lesson)
     with tempfile.TemporaryDirectory(prefix="pruning101-") as folder:
@@ -55,17 +58,16 @@ def build(lesson: Lesson) -> list[str]:
     faults = unfit(notebook)
     if faults:
         raise ValueError(f"{lesson.name}: {'; '.join(faults)}.")
-    if lesson.number:
-        timed = with_minutes(text, seconds)
-        if timed != text:
-            if lesson.source.read_text(encoding="utf-8") != text:
-                raise ValueError(
-                    f"{lesson.source} was edited while it was executed: build it again."
-                )
-            write(lesson.source, timed)
-            for cell, fresh in zip(notebook.cells, pair(timed, lesson).cells, strict=True):
-                cell.source = fresh.source
-        write(lesson.exercises, _dump(student(notebook)))
+    timed = with_minutes(text, seconds)
+    if timed != text:
+        for cell, fresh in zip(notebook.cells, pair(timed, lesson).cells, strict=True):
+            cell.source = fresh.source
+    exercises = _dump(student(notebook))
+    if lesson.source.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{lesson.source} was edited while it was executed: build it again.")
+    if timed != text:
+        write(lesson.source, timed)
+    write(lesson.exercises, exercises)
     write(lesson.notebook, _dump(notebook))
     refresh_index(lesson.root)
     return remarks
@@ -226,9 +228,7 @@ def refresh_index(root: Path) -> None:
     fresh = with_rows(text, root)
     if fresh != text:
         write(index.source, fresh)
-    notebook = pair(fresh, index)
-    if not any(cell.cell_type == "code" for cell in notebook.cells):
-        write(index.notebook, _dump(notebook))
+    write(index.notebook, _dump(pair(fresh, index)))
 
 
 def with_rows(text: str, root: Path) -> str:
@@ -285,17 +285,3 @@ def _dump(notebook: Any) -> str:
 
     nbformat.validate(notebook)
     return nbformat.writes(notebook) + "\n"
-
-
-__all__ = [
-    "CellFailed",
-    "Header",
-    "build",
-    "check",
-    "header",
-    "pair",
-    "refresh_index",
-    "unfit",
-    "with_minutes",
-    "with_rows",
-]

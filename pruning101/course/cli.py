@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="pruning101",
-        description="A course on making neural networks smaller by pruning: open, run, build, hand out.",
+        description="A course on making neural networks smaller by pruning, and its tools.",
     )
     parser.add_argument("--version", action="version", version=f"pruning101 {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)

@@ -1,0 +1,125 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,nbgrader,mystnb,-all
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Pruning neural networks: the course
+#
+# A trained network is larger than its task needs. Each lesson takes one idea
+# of what is superfluous, from 1988 until today: a weight, a unit, a channel,
+# a whole layer, a token. It tells the idea in a picture, works it by hand,
+# states it in a few equations, builds it in a few lines, and then measures it
+# against simpler ways at equal cost.
+#
+# Nearly every method is the same four verbs:
+#
+# **train → score → remove → measure** (and often: heal, then again).
+
+# %% [markdown]
+# ## The lessons
+#
+# Open a lesson and run it from top to bottom (*Run → Run All Cells*). It
+# takes about a minute on a laptop, without a GPU and without a network. The
+# exercise version is the same lesson with the solutions taken out, for you
+# to fill in; each check below an exercise says what is still wrong.
+#
+# | | Lesson | Paper | Reading | Compute | |
+# | --- | --- | --- | --- | --- | --- |
+# | 01 | Skeletonization | Mozer & Smolensky 1988 | | | not there yet |
+# | 02 | Optimal brain damage | LeCun, Denker & Solla 1989 | | | not there yet |
+# | 03 | Magnitude pruning | Han et al. 2015 | | | not there yet |
+# | 04 | Lottery tickets | Frankle & Carbin 2019 | | | not there yet |
+# | 05 | Structured pruning | LOBSTER, SeReNe, dependency graphs | | | not there yet |
+# | 06 | Layer folding | Dror et al. 2022 | | | not there yet |
+# | 07 | Activation entropy | EGP, NEPENTHE, EASIER, TLC | | | not there yet |
+# | 08 | Layer collapse | LayerCollapse | | | not there yet |
+# | 09 | Whole layers by optimal transport | LaCoOT | | | not there yet |
+# | 10 | Intra-fusion | Theus et al. 2024 | | | not there yet |
+# | 11 | Token folding | ToMe 2023, FOLDER 2025 | | | not there yet |
+# | 12 | Frontiers | what is being tried now | | | not there yet |
+#
+# Lessons 1 to 3 stand on nothing but ordinary training of networks; begin
+# with any of them. Every later one says at its top what to know before.
+
+# %% [markdown]
+# ## Three sizes of every lesson
+#
+# The cell that sets `PROFILE` near the top of a lesson chooses how much it
+# computes.
+#
+# | `PROFILE` | Data | Takes |
+# | --- | --- | --- |
+# | `"quick"` | 1,797 real handwritten digits, embedded | about a minute |
+# | `"standard"` | MNIST, Fashion-MNIST or CIFAR-10 | minutes on a CPU |
+# | `"paper"` | the paper's own setting | a GPU |
+#
+# What is stored in these notebooks comes from `"quick"`. Your numbers may
+# differ in their last digits: another count of threads, or another
+# processor, adds in another order.
+
+# %% [markdown]
+# ## Symbols
+#
+# One letter means one thing throughout the course.
+#
+# | Symbol | In code | Meaning |
+# | --- | --- | --- |
+# | $w$, $W$ | `weight` | a weight; the weights of a layer, [outputs, inputs] |
+# | $b$ | `bias` | the biases of a layer, [outputs] |
+# | $x$, $t$ | `images`, `labels` | an input and its target |
+# | $z$ | `pre_activation` | what a unit sums up, before its activation |
+# | $a = f(z)$ | `activation` | what a unit emits |
+# | $L$ | `loss` | the loss that training lowers, mean over examples |
+# | $E$ | `error` | an error that a score is measured in, where it is not $L$ |
+# | $g = \partial L / \partial w$ | `gradient` | first derivative |
+# | $h = \partial^2 L / \partial w^2$ | `hessian` | second derivative, one a weight |
+# | $s$ | `saliency`, `scores` | what removing a weight is estimated to cost |
+# | $\rho$ | `relevance` | what removing a unit is estimated to cost |
+# | $\alpha$ | `attention` | a unit's strength: 1 as it is, 0 removed |
+# | $m$ | `mask` | 1 where a weight is kept, 0 where it is pruned |
+# | $q$, $\sigma$ | `quality` | a threshold's factor; a layer's standard deviation |
+# | $\lambda$ | `strength` | weight of a penalty in the loss |
+# | $\eta$ | `lr` | learning rate |
+# | $N$, $C$, $H$, $W$ | `images.shape` | examples, channels, height, width |
+
+# %% [markdown]
+# ## Glossary
+#
+# - **Accuracy**: share of examples that are classified rightly.
+# - **Budget**: what two methods must have in common to be compared: steps of
+#   training, examples seen, or the size of the result.
+# - **Coded bytes**: size of the stored weights after entropy coding, where
+#   zeros cost nearly nothing. **Dense bytes**: without it.
+# - **Dead unit**: a unit without inputs or without outputs left. One without
+#   inputs still emits its bias.
+# - **Dense**: a network from which nothing was removed.
+# - **Depth**: layers with weights on the longest path through a network.
+# - **Fine-tuning, healing, retraining**: training on after a removal.
+# - **Footprint**: parameters, non-zeros, MACs, depth and bytes, together.
+# - **Global, layerwise**: whether one threshold serves all layers, or each
+#   layer has its own.
+# - **Latency**: time that one answer takes, as measured on a machine.
+# - **MACs**: multiply-adds that one input costs.
+# - **Magnitude**: absolute value of a weight.
+# - **Mask**: zeros and ones that say which weights are gone. A masked network
+#   is as large and as slow as before.
+# - **One-shot, iterative**: whether all is removed at once, or a little at a
+#   time with training in between.
+# - **Penalty**: a term added to the loss that makes a network easier to prune.
+# - **Pruning**: removing parts of a trained network.
+# - **Saliency, relevance, score**: an estimate of what a removal would cost.
+# - **Sparsity**: share of the weights that are zero. **Density** is the rest.
+# - **Structured, unstructured**: whether whole units, channels or layers go,
+#   which makes the network really smaller, or single weights.
+# - **Surgery**: turning a masked network into a smaller ordinary one.
+# - **Train, valid, test**: what is learnt from; what decisions are taken on;
+#   what is only ever reported.
