@@ -33,7 +33,8 @@ def student(notebook: Any, *, code_stub: str = CODE_STUB) -> Any:
         replaced = _replace(cell, "SOLUTION", stub, allowed=solution)
         if solution:
             cell.metadata.pop("jupyter", None)
-            cell.metadata["tags"] = [tag for tag in cell.metadata.get("tags", []) if tag != FOLDED]
+            if FOLDED in cell.metadata.get("tags", []):
+                cell.metadata["tags"] = [tag for tag in cell.metadata["tags"] if tag != FOLDED]
             if not replaced:
                 cell.source = stub
         _replace(cell, "HIDDEN TESTS", None, allowed=check)

@@ -116,12 +116,12 @@ def pair(text: str, lesson: Lesson) -> Any:
         raise ModuleNotFoundError(
             "Building lessons needs jupytext: install it with `pip install 'pruning101[build]'`."
         ) from None
-    notebook = jupytext.reads(text, fmt="py:percent")
-    settings = notebook.metadata.get("jupytext", {})
-    if settings.get("cell_metadata_filter") != FILTER:
+    told = re.search(r"^# +cell_metadata_filter: *(\S+)$", text, re.MULTILINE)
+    if told is None or told.group(1).strip("'\"") != FILTER:
         raise ValueError(
             f"{lesson.name}: the jupytext header must set cell_metadata_filter to {FILTER!r}."
         )
+    notebook = jupytext.reads(text, fmt="py:percent")
     notebook.metadata = copy.deepcopy(KERNEL)
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     prefix = lesson.number or lesson.name
@@ -218,9 +218,7 @@ def unfit(notebook: Any) -> list[str]:
 
 
 def refresh_index(root: Path) -> None:
-    """Bring the rows of `lessons/index.py`, and its notebook, in step with the lessons' headers; no
-    index, nothing done.
-    """
+    """Bring the rows of `lessons/index.py`, and its notebook, in step with the lessons' headers."""
     index = Lesson("index", root)
     if not index.source.is_file():
         return
@@ -232,12 +230,13 @@ def refresh_index(root: Path) -> None:
 
 
 def with_rows(text: str, root: Path) -> str:
-    """The index's source with the row of each lesson that is there made from its header; `| 04 |
-    ...` rows of others stay.
+    """The index's source with a row made from the header of each lesson that is there.
+
+    Rows begin with `| 04 |`; those of lessons that are not there stay as they are.
     """
     lines = text.split("\n")
     for lesson in lessons(root):
-        if not lesson.source.is_file():
+        if not (lesson.source.is_file() and lesson.notebook.is_file()):
             continue
         try:
             head = header(pair(lesson.source.read_text(encoding="utf-8"), lesson), lesson)
