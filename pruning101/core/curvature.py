@@ -83,7 +83,7 @@ def _squares(model: nn.Module, images: Tensor, columns: Tensor) -> dict[str, Ten
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
     def squares(image: Tensor, column: Tensor) -> dict[str, Tensor]:
-        _, pull = vjp(lambda values: functional_call(model, values, (image[None],))[0], parameters)
+        pull = vjp(lambda values: functional_call(model, values, (image[None],))[0], parameters)[1]
         found = {name: torch.zeros_like(p) for name, p in parameters.items()}
         for c in column:  # a second vmap here fails in the backward pass of some layers (PReLU)
             found = {name: found[name] + g.square() for name, g in pull(c)[0].items()}
