@@ -4,6 +4,7 @@ every run.
 
 import os
 import re
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,6 @@ def execute(notebook: Any, *, folder: Path, label: str) -> float:
         kernel_name="python3",
         timeout=None,
         record_timing=False,
-        extra_arguments=["--log-level=ERROR"],
         resources={"metadata": {"path": str(folder)}},
     )
     code = [(i, cell) for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
@@ -44,7 +44,11 @@ def execute(notebook: Any, *, folder: Path, label: str) -> float:
         cell.outputs, cell.execution_count = [], None
     start = time.perf_counter()
     try:
-        with client.setup_kernel(), tqdm(code, desc=label, unit="cell", leave=True) as bar:
+        with (
+            tempfile.TemporaryFile("w+") as talk,  # what the kernel's own process has to say
+            client.setup_kernel(stdout=talk, stderr=talk),
+            tqdm(code, desc=label, unit="cell") as bar,
+        ):
             for index, cell in bar:
                 bar.set_postfix_str(first_line(cell.source)[:40], refresh=True)
                 try:
