@@ -1,6 +1,33 @@
 """What a network is made of: its layers, its chains, its residual blocks, its coupled channels."""
 
-from torch import nn
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from pruning101.core.blocks import (
+    PassThrough,
+    removable_blocks,
+    remove_block,
+    why_not_removable,
+)
+from pruning101.core.tracing import Example, Tracer, model_inputs, tensors_in, undisturbed
+
+__all__ = [
+    "PassThrough",
+    "activations",
+    "linear_chains",
+    "prunable",
+    "removable_blocks",
+    "remove_block",
+    "why_not_removable",
+]
 
 _ACTIVATIONS = (
     nn.CELU,
@@ -47,3 +74,172 @@ def activations(model: nn.Module) -> dict[str, nn.Module]:
     softmax and gates, which mix several units, are not elementwise.
     """
     return {n: m for n, m in model.named_modules() if isinstance(m, _ACTIVATIONS)}
+
+
+# --- chains -----------------------------------------------------------------------------------
+
+
+def linear_chains(model: nn.Module, example: Example) -> list[list[str]]:
+    """Return the maximal runs of leaf modules that simply follow one another, found by running.
+
+    In a run each module is the only consumer of the output of the one before it, takes nothing
+    else, and is called once: what may be merged, folded or dropped without touching anything
+    outside. Every leaf module (layer, activation, norm, pooling, dropout, flatten...) that is
+    called exactly once is in exactly one run; runs are in execution order.
+
+    A function called between two modules (``torch.relu``, ``+``, a pooling) ends the run, but for a
+    view that leaves the features as they are or flattens those of each input (``torch.flatten``).
+    The network's output counts as a consumer. The model stays as it was.
+    """
+    inputs = model_inputs(model, example)
+    leaves = {
+        name: module
+        for name, module in model.named_modules()
+        if all(child == "parametrizations" for child in dict(module.named_children()))
+    }
+    with undisturbed(model), torch.no_grad():
+        trace = _ChainTrace(model, inputs, leaves)
+        with trace, trace.watching():
+            trace.read(model(*inputs), "output")
+
+    once = [calls[0] for calls in trace.calls.values() if len(calls) == 1]
+    once.sort(key=lambda call: call.order)
+    chains: list[list[str]] = []
+    at_end: dict[str, list[str]] = {}  # the chain that a module is the last of
+    for call in once:
+        before = trace.origin.get(call.input[0]) if call.input is not None else None
+        joined = (
+            before is not None
+            and before.name in at_end
+            and len(trace.calls[before.name]) == 1
+            and trace.consumers[before] == {call}
+            and trace.sources[call] == {before}
+            and before.output is not None
+            and call.input is not None
+            and _same_features(before.output, call.input)
+        )
+        chain = at_end.pop(before.name) if joined and before is not None else []
+        if not joined:
+            chains.append(chain)
+        chain.append(call.name)
+        at_end[call.name] = chain
+    return chains
+
+
+@dataclass(eq=False)
+class _Call:
+    """One run of a leaf module, or of a function outside every leaf."""
+
+    name: str
+    order: int
+    input: tuple[Any, ...] | None = None  # key and shape of the only tensor in, if there is one
+    output: tuple[Any, ...] | None = None
+
+
+def _same_features(given: tuple[Any, ...], taken: tuple[Any, ...]) -> bool:
+    (key, shape), (taken_key, taken_shape) = given, taken
+    flat = (shape[0], math.prod(shape[1:])) if len(shape) else ()
+    return bool(key == taken_key and taken_shape in (shape, flat))
+
+
+class _ChainTrace(Tracer):
+    """Note who made each value (``origin``) and who reads it (``consumers``, ``sources``)."""
+
+    def __init__(
+        self, model: nn.Module, inputs: tuple[Any, ...], leaves: dict[str, nn.Module]
+    ) -> None:
+        super().__init__(model, inputs)
+        self.leaves = leaves
+        self.calls: dict[str, list[_Call]] = {}
+        self.origin: dict[Any, _Call] = {}  # by key
+        self.consumers: dict[_Call, set[_Call]] = defaultdict(set)
+        self.sources: dict[_Call, set[_Call]] = defaultdict(set)
+        self._makers: dict[int, _Call] = {}  # by version
+        self._running: list[_Call] = []
+        self._count = 0
+
+    def read(self, tree: Any, reader: _Call | str) -> None:
+        reader = self._new(reader) if isinstance(reader, str) else reader
+        for tensor in self.features(tree):
+            maker = self._maker(tensor)
+            if maker is not None and maker is not reader:
+                self.consumers[maker].add(reader)
+                self.sources[reader].add(maker)
+
+    def _maker(self, tensor: Tensor) -> _Call | None:
+        value = self.value(tensor)
+        return None if value is None else self._makers.get(value.version)
+
+    def _new(self, name: str) -> _Call:
+        self._count += 1
+        return _Call(name, self._count)
+
+    def operation(
+        self, name: str, args: tuple[Any, ...], inputs: list[Tensor], made: list[Tensor]
+    ) -> None:
+        call = self._running[-1] if self._running else self._new(f"function {name}")
+        self.read(inputs, call)
+        super().operation(name, args, inputs, made)
+        self._write(made, call)
+
+    def _write(self, made: list[Tensor], call: _Call) -> None:
+        for tensor in self.features(made):
+            value = self.value(tensor)
+            assert value is not None
+            self._makers[value.version] = call
+            self.origin[self.key(tensor)] = call
+
+    def _only(self, tree: Any) -> tuple[Any, ...] | None:
+        tensors = tensors_in(tree)
+        if len(tensors) != 1 or not self.features(tensors):
+            return None
+        return self.key(tensors[0]), tuple(tensors[0].shape)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Take note of every call of a leaf module inside the block."""
+        handles: list[Any] = []
+
+        def enter(name: str) -> Any:
+            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+                call = self._new(name)
+                self.calls.setdefault(name, []).append(call)
+                call.input = self._only((args, kwargs))
+                self.read((args, kwargs), call)
+                self._running.append(call)
+
+            return hook
+
+        def leave(module: nn.Module, args: Any, output: Any) -> Any:
+            call = self._running.pop()
+
+            def own(tensor: Tensor) -> Tensor:
+                # A module that hands on what it got (dropout, identity, flatten) gives a copy
+                # here, so that its output can be told from its input.
+                if not self.features(tensor) or self._maker(tensor) is call:
+                    return tensor
+                value = self.value(tensor)
+                assert value is not None
+                self.paused = True
+                tensor = tensor.clone(memory_format=torch.contiguous_format)
+                self.paused = False
+                self.put(tensor, value.depth, value.pooled)
+                self._write([tensor], call)
+                return tensor
+
+            output = tree_map_only(Tensor, own, output)
+            call.output = self._only(output)
+            for tensor in self.features(output):
+                self.origin[self.key(tensor)] = call
+            return output
+
+        try:
+            for name, module in self.leaves.items():
+                handles.append(
+                    module.register_forward_pre_hook(enter(name), prepend=True, with_kwargs=True)
+                )
+                handles.append(module.register_forward_hook(leave))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()

@@ -6,7 +6,7 @@ What :mod:`measure` and :mod:`structure` stand on. Nothing here knows the name o
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -144,6 +144,11 @@ class Tracer(TorchDispatchMode):
         self._kept.append(storage)
         self._values[storage._cdata] = Value(next(self._versions), depth, pooled)
 
+    def mark_pooled(self, tensor: Tensor, pooled: bool) -> None:
+        """Correct ``pooled`` for what ``tensor`` holds."""
+        storage = tensor.untyped_storage()._cdata
+        self._values[storage] = replace(self._values[storage], pooled=pooled)
+
     def value(self, tensor: Tensor) -> Value | None:
         """Return what is known of ``tensor``; None for what hangs on neither input nor weights."""
         return self._values.get(tensor.untyped_storage()._cdata)
@@ -183,16 +188,13 @@ class Tracer(TorchDispatchMode):
         """
         values = [v for v in map(self.value, inputs) if v is not None]
         depth = max(v.depth for v in values)
+        features = self.features(inputs)
+        largest = max((t.numel() for t in features), default=0)
+        pooled = bool(features) and all(self._pooled(t) for t in features if t.numel() == largest)
         if depth >= 0 and self._is_weighted(name, args):
-            depth, pooled = depth + 1, False
-        else:
-            features = self.features(inputs)
-            largest = max((t.numel() for t in features), default=0)
-            pooled = any(t.numel() < largest for t in made) or (
-                bool(features) and all(self._pooled(t) for t in features if t.numel() == largest)
-            )
+            depth, largest, pooled = depth + 1, 0, False
         for tensor in made:
-            self.put(tensor, depth, pooled)
+            self.put(tensor, depth, pooled or tensor.numel() < largest)
 
     def _pooled(self, tensor: Tensor) -> bool:
         value = self.value(tensor)
