@@ -127,7 +127,7 @@ class Dataset:
         if split not in ("train", "valid", "test"):
             raise ValueError(f"split must be 'train', 'valid' or 'test', got {split!r}.")
         here: Split = getattr(self, split)
-        device = torch.device(device)
+        device = torch.empty(0, device=device).device  # "cuda" and "cuda:0" are one
         if device.type != "cpu":
             key = (split, str(device))
             if key not in self._moved:
@@ -159,8 +159,13 @@ class Dataset:
                     f"{part} of {self.name} has {len(whole)} images: ask for 1 to {len(whole)} "
                     f"of them, not {n}."
                 )
-            parts.append(Split(whole.images[:n], whole.labels[:n]))
+            if n is not None:  # copied: a view would take the whole along to wherever it is sent
+                whole = Split(whole.images[:n].clone(), whole.labels[:n].clone())
+            parts.append(whole)
         return replace(self, train=parts[0], valid=parts[1], test=parts[2])
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "_moved": {}}  # what lies on a device stays with this process
 
     def __repr__(self) -> str:
         size = " x ".join(map(str, self.train.images.shape[1:]))
