@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib import pyplot as plt
 from torch import nn
 from torch.func import functional_call, hessian
 from torch.nn import functional as F
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from pruning101 import optimal_brain_damage as obd
 from pruning101.core import data, masks, models, training
 from pruning101.core.steps import History
+from pruning101.widgets import optimal_brain_damage as widget
 
 
 def error_of(outputs, labels, loss):
@@ -587,3 +589,64 @@ def test_saliency_beats_magnitude_where_inputs_differ_in_scale():
 
     assert spearman(predicted, cost) > 0.85
     assert spearman(predicted, cost) > spearman(size, cost) + 0.3
+
+
+# --- the widget ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def state(trained):
+    digits, model = trained
+    return widget.precompute(model, digits, "cross_entropy", points=21)
+
+
+def test_widget_curves_are_those_of_the_library(trained, state):
+    """Deleting a weight is offset -1; the marked points are saliency and brute-force deletion."""
+    digits, model = trained
+    double = copy.deepcopy(model).double()
+    batches = list(digits.batches("train", 64))
+    h = obd.hessian_diagonal(double, batches, method="levenberg_marquardt")
+    s = obd.saliency(double, {n: h[n] for n in h if n.endswith("weight")})
+    at_zero = int(abs(state.offsets + 1).argmin())
+    for k in (0, 7, len(state.names) - 1):
+        name, place = state.names[k].rstrip("]").split("[")
+        where = tuple(map(int, place.split(",")))
+        one = {name: torch.ones_like(s[name])}
+        one[name][where] = 0
+        rise = obd.deletion_curve(double, batches, "cross_entropy", one, [1])
+        assert state.rises[k, at_zero] == pytest.approx(float(rise), rel=1e-6, abs=1e-9)
+        assert state.saliencies[k] == pytest.approx(float(s[name][where]), rel=1e-6, abs=1e-12)
+    assert state.n == 64 * 12 + 120
+    assert state.predicted[-1] == pytest.approx(sum(float(v.sum()) for v in s.values()), rel=1e-6)
+    assert state.actual[-1] == pytest.approx(state.by_magnitude[-1])
+    assert state.actual[0] == state.predicted[0] == 0
+
+
+def test_widget_draws_every_setting(state):
+    """Sweep both sliders over their range: a figure and a sentence each, nothing kept open."""
+    sliders = widget.controls()
+    open_before = plt.get_fignums()
+    pictures = set()
+    for slider, other in (("weight", "deleted"), ("deleted", "weight")):
+        steps = range(sliders[slider].min, sliders[slider].max + 1, sliders[slider].step)
+        for value in steps:
+            settings = {slider: value, other: sliders[other].value}
+            figure = widget.draw(state, **settings)
+            left, right = figure.axes
+            assert left.get_xlabel()
+            assert right.get_ylabel()
+            assert str(value) in (left if slider == "weight" else right).get_title()
+            pictures.add(widget.describe(state, **settings))
+            plt.close(figure)
+    assert len(pictures) > 60  # each setting says something else
+    assert plt.get_fignums() == open_before
+
+
+def test_widget_binds_its_sliders(state):
+    """Moving a slider replaces picture and text."""
+    box = widget.show(state)
+    weight, _, text, image = box.children
+    before = (bytes(image.value), text.value)
+    weight.value = 95
+    assert image.value != before[0]
+    assert text.value != before[1]
