@@ -17,15 +17,20 @@ from pruning101.core.blocks import (
     remove_block,
     why_not_removable,
 )
+from pruning101.core.channels import ChannelGroup, Member, channel_groups, remove_channels
 from pruning101.core.tracing import Example, Tracer, model_inputs, tensors_in, undisturbed
 
 __all__ = [
+    "ChannelGroup",
+    "Member",
     "PassThrough",
     "activations",
+    "channel_groups",
     "linear_chains",
     "prunable",
     "removable_blocks",
     "remove_block",
+    "remove_channels",
     "why_not_removable",
 ]
 
