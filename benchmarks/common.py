@@ -49,16 +49,27 @@ def interleaved(
 ) -> dict[str, dict[str, Any]]:
     """Time each candidate `repeats` times, taking turns, so that a busy moment hits all alike.
 
-    Returns for each name the `median` and all `times`, in seconds.
+    Returns for each name, in seconds, the `median` and all `times` on the clock, and
+    `cpu_median`, that of the processor time of this process: on a machine busy with other work it
+    is the steadier of the two.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
+    cpu_times: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(warmup + repeats):
         for name, run in candidates.items():
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             run()
             if turn >= warmup:
                 times[name].append(time.perf_counter() - start)
-    return {name: {"median": statistics.median(t), "times": t} for name, t in times.items()}
+                cpu_times[name].append(time.process_time() - cpu_start)
+    return {
+        name: {
+            "median": statistics.median(times[name]),
+            "times": times[name],
+            "cpu_median": statistics.median(cpu_times[name]),
+        }
+        for name in candidates
+    }
 
 
 def write(path: str | Path, payload: dict[str, Any]) -> Path:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -314,18 +315,18 @@ def fit(
 def _check_numbers(**values: float) -> None:
     """Refuse what is out of range; the rules say what is in it."""
     rules: dict[str, tuple[str, Callable[[float], bool]]] = {
-        "epochs": ("a whole number, 0 or more", lambda v: isinstance(v, int) and v >= 0),
+        "epochs": ("a whole number, 0 or more", lambda v: isinstance(v, Integral) and v >= 0),
         "lr": ("a finite number above 0", lambda v: 0 < v < math.inf),
         "momentum": ("in [0, 1)", lambda v: 0 <= v < 1),
         "weight_decay": ("a finite number, 0 or more", lambda v: 0 <= v < math.inf),
-        "batch_size": ("a whole number, 1 or more", lambda v: isinstance(v, int) and v >= 1),
+        "batch_size": ("a whole number, 1 or more", lambda v: isinstance(v, Integral) and v >= 1),
         "teacher_weight": ("in [0, 1]", lambda v: 0 <= v <= 1),
         "temperature": ("a finite number above 0", lambda v: 0 < v < math.inf),
-        "seed": ("a whole number, 0 or more", lambda v: isinstance(v, int) and v >= 0),
+        "seed": ("a whole number, 0 or more", lambda v: isinstance(v, Integral) and v >= 0),
     }
     for name, value in values.items():
         words, holds = rules[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
+        if isinstance(value, bool) or not isinstance(value, Real) or not holds(value):
             raise ValueError(f"{name} must be {words}, not {value!r}.")
 
 
