@@ -213,8 +213,10 @@ class _Graph:
                 "outside of it; its channels cannot be followed."
             )
         if swap_depthwise and _is_depthwise(self._layers[layer]):
-            makers = [t for t in self._reach(layer) if self.names.get(t.module) in self.roots]
-            return self.names[makers[0].module] if makers else layer
+            out = self.graph.is_out_channel_pruning_fn
+            reached = self._reach(layer).items()
+            makers = [self.names.get(node.module, "") for node, handler in reached if out(handler)]
+            return next((name for name in makers if name in self.roots), layer)
         return layer
 
     def channels(self, name: str) -> int:
