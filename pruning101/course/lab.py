@@ -1,5 +1,6 @@
 """Opens the course in JupyterLab, in the right place and with nothing that asks or pops up."""
 
+import json
 import os
 import secrets
 import shutil
@@ -16,6 +17,10 @@ from pathlib import Path
 from .material import material
 
 COPY = "pruning101-notebooks"
+NEWS = "@jupyterlab/apputils-extension:announcements"
+QUIET = {
+    "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}
+}
 
 
 def lab(*, browser: bool = True, port: int | None = None) -> int:
@@ -40,13 +45,20 @@ def lab(*, browser: bool = True, port: int | None = None) -> int:
 
     from jupyterlab.labapp import LabApp
 
-    with tempfile.TemporaryDirectory(prefix="pruning101-lab-") as workspaces:
-        LabApp.launch_instance(argv=arguments(served, port, Path(workspaces)))
+    with tempfile.TemporaryDirectory(prefix="pruning101-lab-") as scratch:
+        LabApp.launch_instance(argv=arguments(served, port, Path(scratch)))
     return 0
 
 
-def arguments(served: Path, port: int, workspaces: Path) -> list[str]:
-    """The command line of JupyterLab: what it must not do is said here, not in the user's home."""
+def arguments(served: Path, port: int, scratch: Path) -> list[str]:
+    """The command line of JupyterLab, and in `scratch` the settings that keep it quiet.
+
+    The user's own settings, in the user's home, are read but never written, and win.
+    """
+    settings = scratch / "settings"
+    settings.mkdir()
+    (settings / "overrides.json").write_text(json.dumps(QUIET))
+    (settings / "page_config.json").write_text(json.dumps({"disabledExtensions": [NEWS]}))
     quiet = "{'page_config_data': {'buildAvailable': False, 'buildCheck': False}}"
     options = [
         f"--ServerApp.root_dir={served.resolve()}",
@@ -59,7 +71,9 @@ def arguments(served: Path, port: int, workspaces: Path) -> list[str]:
         "--LabApp.news_url=None",
         "--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate",
         "--LabApp.extension_manager=readonly",
-        f"--LabApp.workspaces_dir={workspaces}",  # no tabs of another day, of files now gone
+        f"--LabApp.app_settings_dir={settings}",
+        # No tabs of another day, of files that may be gone.
+        f"--LabApp.workspaces_dir={scratch / 'workspaces'}",
         "--log-level=ERROR",
     ]
     if hasattr(os, "geteuid") and os.geteuid() == 0:

@@ -43,13 +43,17 @@ plt.show()
 # %%
 import ipywidgets
 
+from pruning101.widgets.base import explore
+
+
+def draw(removed):
+    figure, ax = plt.subplots()
+    ax.bar(range(3 - removed), 1)
+    return figure
+
+
 slider = ipywidgets.IntSlider(description="removed", max=3)
-picture = ipywidgets.HTML()
-slider.observe(
-    lambda change: setattr(picture, "value", f"gone: {change['new']}"),
-    "value",
-)
-ipywidgets.VBox([slider, picture])
+explore(draw, lambda removed: f"{removed} of 3 removed", removed=slider)
 
 # %% tags=["table"]
 print("profile  weights")
