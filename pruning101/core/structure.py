@@ -84,7 +84,7 @@ def activations(model: nn.Module) -> dict[str, nn.Module]:
 # --- chains -----------------------------------------------------------------------------------
 
 
-def linear_chains(model: nn.Module, example: Example) -> list[list[str]]:
+def linear_chains(model: nn.Module, example: Example, *, shared: bool = False) -> list[list[str]]:
     """Return the maximal runs of leaf modules that simply follow one another, found by running.
 
     In a run each module is the only consumer of the output of the one before it, takes nothing
@@ -94,7 +94,10 @@ def linear_chains(model: nn.Module, example: Example) -> list[list[str]]:
 
     A function called between two modules (``torch.relu``, ``+``, a pooling) ends the run, but for a
     view that leaves the features as they are or flattens those of each input (``torch.flatten``).
-    The network's output counts as a consumer. The model stays as it was.
+    The network's output counts as a consumer. With ``shared``, a module without parameters and
+    buffers that is called several times (torchvision's residual blocks use one ReLU twice) is in
+    the run of each of its calls: such a run may be read, but not changed. The model stays as it
+    was.
     """
     inputs = model_inputs(model, example)
     leaves = {
@@ -107,27 +110,31 @@ def linear_chains(model: nn.Module, example: Example) -> list[list[str]]:
         with trace, trace.watching():
             trace.read(model(*inputs), "output")
 
-    once = [calls[0] for calls in trace.calls.values() if len(calls) == 1]
-    once.sort(key=lambda call: call.order)
+    taking_part = [
+        call
+        for name, calls in trace.calls.items()
+        for call in calls
+        if len(calls) == 1 or (shared and not leaves[name].state_dict())
+    ]
+    taking_part.sort(key=lambda call: call.order)
     chains: list[list[str]] = []
-    at_end: dict[str, list[str]] = {}  # the chain that a module is the last of
-    for call in once:
+    at_end: dict[_Call, list[str]] = {}  # the chain that a call is the last of
+    for call in taking_part:
         before = trace.origin.get(call.input[0]) if call.input is not None else None
         joined = (
             before is not None
-            and before.name in at_end
-            and len(trace.calls[before.name]) == 1
+            and before in at_end
             and trace.consumers[before] == {call}
             and trace.sources[call] == {before}
             and before.output is not None
             and call.input is not None
             and _same_features(before.output, call.input)
         )
-        chain = at_end.pop(before.name) if joined and before is not None else []
+        chain = at_end.pop(before) if joined and before is not None else []
         if not joined:
             chains.append(chain)
         chain.append(call.name)
-        at_end[call.name] = chain
+        at_end[call] = chain
     return chains
 
 
