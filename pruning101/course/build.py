@@ -23,9 +23,11 @@ KERNEL = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-_COMPUTE = re.compile(r"(compute[:*\s]+about\s+)(half a minute|[\d.?]+ minutes?)", re.IGNORECASE)
-_READING = re.compile(r"reading[:*\s]+(?:about\s+)?(\d+)\s+min", re.IGNORECASE)
-_PAPER = re.compile(r"papers?\b[:*\s]+(.+?)\s*(?=·|\n\s*\n|$)", re.IGNORECASE | re.DOTALL)
+_COMPUTE = re.compile(
+    r"(\bcompute\**:\**\s+about\s+)(half a minute|[\d.?]+ minutes?)", re.IGNORECASE
+)
+_READING = re.compile(r"\breading\**:\**\s+(?:about\s+)?(\d+)\s+min", re.IGNORECASE)
+_PAPER = re.compile(r"\bpapers?\**:\**\s+(.+?)\s*(?=·|\n\s*\n|$)", re.IGNORECASE | re.DOTALL)
 _NBGRADER = {"schema_version", "grade_id", "grade", "solution", "locked", "task"}
 
 

@@ -95,7 +95,7 @@ def copy_notebooks(source: Path, target: Path) -> Path:
 
 
 def _announce(address: str, port: int, show: bool) -> None:
-    """Wait until the server answers, then open the page, or say where it is."""
+    """Wait until the server answers, then say where the page is, and open it if `show`."""
     while True:
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=2).close()
@@ -104,9 +104,9 @@ def _announce(address: str, port: int, show: bool) -> None:
             break
         except OSError:
             time.sleep(0.2)
-    if not (show and webbrowser.open(address)):
-        print(f"Open this address in a browser:\n\n    {address}\n")
-    print("JupyterLab is running; stop it with Ctrl-C.", flush=True)
+    print(f"JupyterLab is at\n\n    {address}\n\nStop it with Ctrl-C.", flush=True)
+    if show:
+        webbrowser.open(address)
 
 
 def _free_port(wanted: int | None) -> int:

@@ -68,7 +68,7 @@ def test_ctrl_c_stops_lab_without_a_question(built, tmp_path):
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     for line in process.stdout:
-        if "stop it with Ctrl-C" in line:
+        if "Stop it with Ctrl-C" in line:
             break
     process.send_signal(2)
     assert process.wait(timeout=60) == 0
