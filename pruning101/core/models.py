@@ -324,7 +324,10 @@ def _unknown(kind: str, name: str, known: Sequence[str], listed: str = "") -> st
     return f"There is no {kind} {name!r}{listed}; {hint}"
 
 
-_LIBRARIES: dict[str, Callable[[str, int, int, int], nn.Module]] = {"torchvision": _from_torchvision, "timm": _from_timm}
+_LIBRARIES: dict[str, Callable[[str, int, int, int], nn.Module]] = {
+    "torchvision": _from_torchvision,
+    "timm": _from_timm,
+}
 
 # name -> (maker, smallest image in pixels)
 _ZOO: dict[str, tuple[Callable[[int, int, int], nn.Module], int]] = {
