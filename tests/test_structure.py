@@ -539,3 +539,17 @@ def test_masked_models_are_refused():
         structure.remove_channels(model, "conv1", [0], example(66))
     with pytest.raises(ValueError, match="make_permanent"):
         structure.channel_groups(model, example(66))
+
+
+def test_resnet18_without_its_removable_blocks_has_the_published_macs():
+    from pruning101.core import measure
+    from pruning101.core.models import build
+
+    model, x = build("resnet18"), example(32)
+    assert round(measure.footprint(model, x).macs / 1e6, 2) == 140.19
+    for block in structure.removable_blocks(model, x):
+        structure.remove_block(model, block)
+    smaller = measure.footprint(model, x)
+    assert round(smaller.macs / 1e6, 2) == 64.69
+    assert smaller.depth == 10
+    assert structure.removable_blocks(model, x) == []
