@@ -70,22 +70,17 @@ def execute(notebook: Any, *, folder: Path, label: str) -> float:
 
 
 def clean(notebook: Any) -> list[str]:
-    """Take out of an executed notebook, in place, all that differs between two runs of the same
-    cells.
+    """Take out of an executed notebook, in place, all that differs between two runs of its cells.
 
-    Widget views and their models, stderr, timings and the number of messages that a stream came in
-    go; execution counts become 1..n. Returns one line for each cell that wrote to stderr, for the
-    author to look into.
+    Widget views and their models, stderr, timings, and the number of messages that a stream came in
+    all go. Returns one line for each cell that wrote to stderr, for the author to look into.
     """
     notebook.metadata.pop("widgets", None)
-    noise, count = [], 0
+    noise = []
     for cell in notebook.cells:
         written = ""
         if cell.cell_type != "code":
             continue
-        if cell.execution_count is not None:
-            count += 1
-            cell.execution_count = count
         cell.metadata.pop("execution", None)
         kept: list[Any] = []
         for output in cell.outputs:
@@ -97,8 +92,6 @@ def clean(notebook: Any) -> list[str]:
             if output.output_type == "stream" and kept and kept[-1].output_type == "stream":
                 kept[-1].text += output.text
                 continue
-            if output.output_type == "execute_result":
-                output.execution_count = count
             kept.append(output)
         cell.outputs = kept
         # A bar that wiped itself out leaves nothing worth a remark.

@@ -101,6 +101,11 @@ def test_index_gains_a_row_for_a_lesson_it_does_not_name(built):
     assert re.findall(r"^# \| (\d\d) \|", text, re.MULTILINE) == ["07", "08", "09"]
 
 
+def test_index_links_no_lesson_that_is_not_built(tree):
+    text = (tree / "lessons" / "index.py").read_text()
+    assert build.with_rows(text, tree) == text
+
+
 def test_failing_cell_is_named_and_nothing_is_overwritten(built):
     edit(built / "lessons" / "07_tiny.py", 'print("profile  weights")', "print(1 / 0)")
     before = files(built)
@@ -159,7 +164,12 @@ def test_check_sees_an_index_out_of_step(built):
         ('tags=["table"]', 'tags=["table"] slow=true', "metadata slow"),
         ('"ex-07-1-check-b"', '"ex-07-1-check-a"', "grade_id"),
         ('"points": 2, ', "", "lacks points"),
-        ('mystnb={"image": {"alt": "A line that rises from 0 to 2."}}', "", "without alt text"),
+        pytest.param(
+            'mystnb={"image": {"alt": "A line that rises from 0 to 2."}}',
+            "",
+            "without alt text",
+            marks=pytest.mark.slow,  # it is executed first
+        ),
         ("### END HIDDEN TESTS", "", "has no end"),
         ("    assert len(hidden) == 3", "print(hidden)", "check and must not show"),
     ],

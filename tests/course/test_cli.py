@@ -77,6 +77,7 @@ def test_run_ends_with_the_table_and_the_path(built, tmp_path, monkeypatch, caps
     assert tags.index(["injected-parameters"]) == tags.index(["parameters"]) + 1
 
 
+@pytest.mark.slow
 def test_run_keeps_what_a_failing_lesson_had_executed(built, tmp_path, capsys):
     notebook = built / "notebooks" / "07_tiny.ipynb"
     notebook.write_text(notebook.read_text().replace("plt.show()", "plt.shew()"))
@@ -91,6 +92,7 @@ def test_run_keeps_what_a_failing_lesson_had_executed(built, tmp_path, capsys):
     assert counts[7] is None
 
 
+@pytest.mark.slow
 def test_a_kernel_that_dies_is_said_so(built, tmp_path, capsys):
     notebook = built / "notebooks" / "07_tiny.ipynb"
     notebook.write_text(notebook.read_text().replace("plt.show()", "import os; os._exit(1)"))
