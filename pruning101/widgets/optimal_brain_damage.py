@@ -146,7 +146,7 @@ def draw(state: State, *, weight: int = 50, deleted: int = 30) -> Figure:
         ylabel=f"rise of the error E ($10^{{{exponent}}}$)",
         title=f"one weight: saliency percentile {PERCENTILES[k]}",
     )
-    left.legend(loc="upper center")
+    left.legend(loc="upper center", frameon=True, edgecolor="none", framealpha=1)
 
     floor = 1e-5  # a logarithmic axis has no 0
     for y, color, dash, name in (
