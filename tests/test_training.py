@@ -221,6 +221,21 @@ def test_modes_are_put_back_and_the_teacher_is_left_alone(data):
     assert model.norm.num_batches_tracked == 2  # it was in training mode meanwhile
 
 
+def test_the_teacher_answers_without_dropout(data):
+    plain, dropping = net(), net()
+    fit(plain, data, epochs=1, lr=0.1, teacher=net(1))
+    fit(dropping, data, epochs=1, lr=0.1, teacher=net(1, dropout=0.9))
+    assert same(state(plain), state(dropping))
+
+
+def test_evaluate_leaves_masked_weights_with_their_gradient(data):
+    model = net()
+    masks.apply(model, {"fc1.weight": torch.ones(24, 64, dtype=torch.bool)})
+    evaluate(model, data)
+    model.fc1.weight.sum().backward()
+    assert torch.equal(model.fc1.weight_orig.grad, torch.ones(24, 64))
+
+
 def test_a_last_batch_of_one_image_is_left_out(data):
     model, steps = net(norm=True), []
     odd = data.subset(train=129)
