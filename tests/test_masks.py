@@ -310,3 +310,26 @@ def test_the_same_masks_on_a_gpu():
     for name, mask in masks.from_scores(scores, 0.6).items():
         assert on_gpu[name].is_cuda
         assert torch.equal(on_gpu[name].cpu(), mask)
+
+
+def test_the_output_projection_of_attention_stays_masked_and_still_trains():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.MultiheadAttention(8, 2, batch_first=True))
+    mask = torch.rand(8, 8) > 0.5
+    masks.apply(model, {"0.out_proj.weight": mask})
+    masks.apply(model, {"0.out_proj.weight": mask})
+    model = masks.clone(model)
+    x = torch.randn(2, 3, 8)
+
+    def outputs():
+        return model[0](x, x, x)[0]
+
+    before = outputs().detach()
+    optimiser = torch.optim.SGD([model[0].out_proj.weight_orig], lr=1.0)
+    outputs().square().sum().backward()
+    optimiser.step()
+    assert not torch.allclose(outputs(), before)
+    effective = model[0].out_proj.weight
+    assert (effective[~mask] == 0).all()
+    assert torch.equal(effective[mask], model[0].out_proj.weight_orig[mask])
+    assert len(model[0]._forward_pre_hooks) == 1

@@ -85,6 +85,13 @@ def apply(model: nn.Module, masks: dict[str, BoolTensor]) -> None:
         with torch.no_grad():
             getattr(module, leaf + "_mask").copy_(mask)
         _recompute(module, leaf)
+    for module in model.modules():
+        # An attention layer reads its out_proj's weight without calling it, so the hook that
+        # computes the effective weight there would never run.
+        if isinstance(module, nn.MultiheadAttention) and any(_masked(module.out_proj)):
+            hooks = module._forward_pre_hooks
+            if _refresh_before not in hooks.values():
+                module.register_forward_pre_hook(_refresh_before)
 
 
 def masks_of(model: nn.Module) -> dict[str, BoolTensor]:
@@ -226,6 +233,10 @@ def _sortable(values: Tensor) -> Tensor:
 
 def _count(where: Tensor) -> int:
     return int(torch.count_nonzero(where))
+
+
+def _refresh_before(module: nn.Module, _inputs: object) -> None:
+    refresh(module)
 
 
 def _masked(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
