@@ -1,6 +1,6 @@
 """What `import pruning101.TOPIC` adds to `import torch`, in fresh interpreters.
 
-For every module of the package's top level, and for `core`, runs in turns `import torch` and
+For every module of the package's top level runs in turns `import torch` and
 `import torch, pruning101.TOPIC` and takes the difference of the medians. Prints and keeps all; the
 goal is 0.3 s or less for each.
 
@@ -22,11 +22,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
     topics = [m.name for m in pkgutil.iter_modules(pruning101.__path__) if not m.ispkg]
-    core = [f"core.{m.name}" for m in pkgutil.iter_modules([f"{pruning101.__path__[0]}/core"])]
-    every = ", ".join(f"pruning101.{name}" for name in core)
     statements = {
         "torch": "import torch",
-        "core": f"import torch, {every}",
         **{name: f"import torch, pruning101.{name}" for name in topics},
     }
 

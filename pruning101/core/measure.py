@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from pruning101.core.tracing import (
     Example,
@@ -73,6 +72,8 @@ def footprint(model: nn.Module, example: Example) -> Footprint:
 
     Raises ``ValueError`` if the example is empty.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton, a third of torch itself
+
     inputs = model_inputs(model, example)
     batch_size = next((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.ndim), 1)
     if batch_size == 0:
