@@ -93,7 +93,7 @@ ax.set(
     ylabel="rise of the error E",
     title="What it costs to be zero: the height at u = 0",
 )
-ax.legend(loc="center right", bbox_to_anchor=(1, 0.6))
+ax.legend(loc="center right", bbox_to_anchor=(1, 0.4))
 plt.show()
 
 # %% [markdown]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import grad
 from torch.func import functional_call, vjp, vmap
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 LOSSES = ("squared_error", "cross_entropy")
 CHUNK_FLOATS = 2**26  # per-pattern derivatives held at a time: 256 MiB of float32
@@ -142,7 +143,8 @@ def _slopes(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Give the gradient as a function, and the parameters that it depends on."""
     named = dict(model.named_parameters())
-    error = summed_error(model(images), labels, loss)
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has a first derivative only
+        error = summed_error(model(images), labels, loss)
     slopes = grad(error, list(named.values()), create_graph=True, allow_unused=True)
     used = {n: g for n, g in zip(named, slopes, strict=True) if g is not None and g.requires_grad}
     return used, {name: named[name] for name in used}
