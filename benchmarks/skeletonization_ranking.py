@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pruning101.core.data import load
-from pruning101.core.training import fit
+from pruning101.core.training import evaluate, fit
 from pruning101.skeletonization import relevance
 
 CRITERIA = (0.4, 0.3, 0.2, 0.1, 0.05)
@@ -127,6 +127,7 @@ def summary(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     spread: dict[str, dict[str, float]] = {}
     for name in rows[0]:
         values = torch.tensor([row[name] for row in rows], dtype=torch.float64)
+        values = values[~values.isnan()]  # no order at all: all units of a dead network are equal
         low, middle, high = values.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
         spread[name] = {
             "mean": round(values.mean().item(), 4),
@@ -184,12 +185,12 @@ def digits(seeds: int) -> list[dict[str, Any]]:
                 )
                 if loss == "squared_error":  # of probabilities, so of a network that gives them
                     model.add_module("out", nn.Sigmoid())
-            lr = 0.05 if loss == "cross_entropy" else 0.2
-            fit(model, data, epochs=epochs, lr=lr, loss=loss, batch_size=32, seed=seed,
+            fit(model, data, epochs=epochs, lr=0.05, loss=loss, batch_size=32, seed=seed,
                 progress=False)  # fmt: skip
             row = correlations(model, batches)
             true = relevance(model, "fc1", batches, method="removal")
             outgoing = model.fc2.weight.detach().norm(dim=0)
+            row["valid accuracy"] = evaluate(model, data, "valid").accuracy
             row["outgoing norm judged by linear"] = float(spearmanr(outgoing, true).statistic)
             found.append(row)
         rows.append(
