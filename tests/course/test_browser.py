@@ -104,16 +104,17 @@ def run_and_move(browser, address, notebook, screenshot):
     area_element = area.element_handle()
     before = area_element.evaluate(SHOWN)
 
-    def changed(since):
+    def changed(*since):
         page.wait_for_function(
-            f"async ([area, since]) => (await ({SHOWN})(area)) !== since",
+            f"async ([area, since]) => !since.includes(await ({SHOWN})(area))",
             arg=[area_element, since],
             timeout=MINUTE,
         )
         return area_element.evaluate(SHOWN)
 
     handle.focus()
-    page.keyboard.press("ArrowRight")
+    at_end = handle.get_attribute("aria-valuenow") == handle.get_attribute("aria-valuemax")
+    page.keyboard.press("ArrowLeft" if at_end else "ArrowRight")
     by_keyboard = changed(before)
 
     track = area.locator(
@@ -122,10 +123,10 @@ def run_and_move(browser, address, notebook, screenshot):
     grip = handle.bounding_box()
     page.mouse.move(grip["x"] + grip["width"] / 2, grip["y"] + grip["height"] / 2)
     page.mouse.down()
-    page.mouse.move(track["x"] + 0.9 * track["width"], grip["y"] + grip["height"] / 2, steps=8)
+    far = 0.1 if grip["x"] > track["x"] + track["width"] / 2 else 0.9
+    page.mouse.move(track["x"] + far * track["width"], grip["y"] + grip["height"] / 2, steps=8)
     page.mouse.up()
-    by_mouse = changed(by_keyboard)
-    assert by_mouse != before
+    changed(before, by_keyboard)  # a drag passes through the values that were shown before
     page.screenshot(path=screenshot)
     page.close()
     return complaints
