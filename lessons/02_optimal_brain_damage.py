@@ -335,7 +335,9 @@ print(f" to {max(accuracies):.1%}")
 # part? Then the second: delete many at once, in order of saliency.
 
 # %%
-state = widget.precompute(trained[0], digits)
+seen = digits if PROFILE == "quick" else digits.subset(train=2_000)
+points = 41 if PROFILE == "quick" else 9
+state = widget.precompute(trained[0], seen, points=points)
 widget.show(state)
 
 # %% [markdown]
@@ -602,31 +604,53 @@ print(pd.DataFrame(rows).T.to_string())
 
 # %%
 stored = material.material() / "results" / "optimal_brain_damage.json"
+
+
+def span(values, form):
+    return " to ".join(format(v, form) for v in values)
+
+
 if stored.exists():
     found = json.loads(stored.read_text())
-    ours = found["figures"]
+    ours, lm, gn = found["figures"], "levenberg_marquardt", "gauss_newton"
+    rise, versus = "actual_over_predicted_at_30", "rise_over_magnitude_at_30"
     rows = {
-        "free parameters": ["2,578", f"{found['parameters']:,}"],
-        "prediction holds up to (% deleted)": [
-            "about 30",
-            " to ".join(f"{v:.0f}" for v in ours["prediction_holds"]),
-        ],
-        "retrained: error flat up to (% deleted)": [
+        "free parameters": ("2,578", f"{found['parameters']:,}"),
+        "test accuracy": ("not given", span(ours["test_accuracy"], ".1%")),
+        "30 % gone: actual / predicted rise": (
+            "about 1",
+            span(ours[rise][lm], ".1f"),
+        ),
+        "  the same, by Gauss-Newton": ("-", span(ours[rise][gn], ".1f")),
+        "30 % gone: rise / rise by magnitude": (
+            "well below 1",
+            span(ours[versus][lm], ".1f"),
+        ),
+        "  the same, by Gauss-Newton ": ("-", span(ours[versus][gn], ".1f")),
+        "retrained, flat up to (% gone)": (
             "about 60",
-            " to ".join(f"{v:.0f}" for v in ours["flat_after_retraining"]),
-        ],
-        "best order": ["saliency", ours["best_order"]],
+            span(ours["flat_after_retraining"], ".0f"),
+        ),
+        "retrained: error / by magnitude": (
+            "not given",
+            span(ours["retrained_saliency_over_magnitude"], ".2f"),
+        ),
     }
     print(pd.DataFrame(rows, index=["paper", "here"]).T.to_string())
 else:
     print("no results folder beside this notebook")
 
 # %% [markdown]
-# "Holds" means within a factor of 1.5 of the actual rise; "flat" means a test
-# error at most 10 % above that of the trained network; ranges are over
-# seeds. The paper gives no such thresholds, it shows curves, so the
-# comparison is one of shapes: agreement first, parting later; retraining
-# moves the bend far to the right.
+# "Flat" means a test error at most 10 % above that of the trained network;
+# ranges are over seeds. Retraining does what the paper says. The prediction
+# does not: on this convolutional network the paper's diagonal promises too
+# little, and its order is no better than magnitude's. The Gauss-Newton row
+# shows why. Eq. 5 drops the cross terms between the places of a shared
+# weight, and neighbouring places of an image see much the same input, so
+# those terms add up instead of cancelling. The exact Gauss-Newton diagonal
+# keeps them, and with it prediction and truth agree again, at the price of
+# ten backward passes. Why the paper's network fared better with eq. 5 we
+# cannot tell: its data and training are not public.
 #
 # ## Pitfalls
 #
@@ -881,7 +905,8 @@ assert all(
 # - The price of deleting a weight is $s_k = h_{kk} u_k^2/2$: size *and*
 #   curvature.
 # - The diagonal $h$ costs one more backward pass; it is exact for one hidden
-#   layer, and good enough beyond.
+#   layer, good enough for small nets beyond, and too small where weights are
+#   shared: there Gauss-Newton is worth its price.
 # - Predictions hold until about half of the weights are gone; retraining
 #   moves the bend further, and hides much of the difference between orders.
 #
