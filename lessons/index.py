@@ -34,9 +34,9 @@
 #
 # | | Lesson | Paper | Reading | Compute | |
 # | --- | --- | --- | --- | --- | --- |
-# | 01 | Skeletonization | Mozer & Smolensky 1988 | | | not there yet |
-# | 02 | Optimal brain damage | LeCun, Denker & Solla 1989 | | | not there yet |
-# | 03 | Magnitude pruning | Han et al. 2015 | | | not there yet |
+# | 01 | [Skeletonization](01_skeletonization.ipynb) | Mozer & Smolensky 1988 | 30 min | half a minute | [exercises](exercises/01_skeletonization.ipynb) |
+# | 02 | [Optimal brain damage](02_optimal_brain_damage.ipynb) | LeCun, Denker & Solla 1989 | 35 min | 1 minute | [exercises](exercises/02_optimal_brain_damage.ipynb) |
+# | 03 | [Magnitude pruning](03_magnitude.ipynb) | Han et al. 2015 | 30 min | 1 minute | [exercises](exercises/03_magnitude.ipynb) |
 # | 04 | Lottery tickets | Frankle & Carbin 2019 | | | not there yet |
 # | 05 | Structured pruning | LOBSTER, SeReNe, dependency graphs | | | not there yet |
 # | 06 | Layer folding | Dror et al. 2022 | | | not there yet |
