@@ -296,6 +296,9 @@ def test_wrong_arguments():
     for call, match in (
         (lambda: data.load("digits", channels=2), "channels must be 1"),
         (lambda: data.load("digits", image_size=0), "image_size must be at least 1"),
+        (lambda: data.load("digits", image_size=16.5), "image_size must be.*got 16.5"),
+        (lambda: data.load("digits", image_size="16"), "image_size must be.*got '16'"),
+        (lambda: digits.subset(train=0.1), "ask for 1 to 1150 of them, not 0.1"),
         (lambda: digits.batches("training"), "split must be"),
         (lambda: digits.batches(batch_size=0), "batch_size must be"),
     ):
@@ -637,3 +640,33 @@ def test_real_files(name, train, shape):
     if name == "mnist":  # the usual constants, measured on all of train
         assert d.mean == pytest.approx((0.1307,), abs=5e-4)
         assert d.std == pytest.approx((0.3081,), abs=5e-4)
+
+
+def test_a_few_images_are_cut_and_too_few_are_told(tmp_path):
+    tree(tmp_path, 2)
+    few = data.load(f"folder:{tmp_path}")
+    assert [len(split) for split in (few.train, few.valid, few.test)] == [2, 1, 1]
+    tree(tmp_path / "one", 1, classes=("a",))
+    with pytest.raises(ValueError, match="too few"):
+        data.load(f"folder:{tmp_path / 'one'}")
+
+
+def test_other_channels_than_grey_or_colour_are_not_converted(tmp_path):
+    images, labels = pair(shape=(2, 8, 8))
+    tensors = {"train_images": images, "train_labels": labels}
+    tensors |= {"test_images": images.clone(), "test_labels": labels.clone()}
+    metadata = {"classes": json.dumps([str(c) for c in range(10)])}
+    save_file(tensors, tmp_path / "mnist.safetensors", metadata)
+    assert data.load("mnist", tmp_path).train.images.shape[1] == 2
+    with pytest.raises(ValueError, match="2 channels cannot be made"):
+        data.load("mnist", tmp_path, channels=3)
+
+
+def test_a_refused_download_is_told_on_one_line(tmp_path, monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise RuntimeError("Tried a:\n<no host>\nTried b:\n<no host>\n")
+
+    monkeypatch.setattr("torchvision.datasets.MNIST", refuse)
+    with pytest.raises(ConnectionError, match="cannot be downloaded") as caught:
+        data.load("mnist", tmp_path)
+    assert "\n" not in str(caught.value)

@@ -160,6 +160,39 @@ def test_a_bias_and_a_bare_layer_can_be_masked():
     assert layer(torch.zeros(1, 3))[0, 1] == 0
 
 
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.there, self.back = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.back.weight = self.there.weight
+
+    def forward(self, x):
+        return self.back(self.there(x).relu())
+
+
+@pytest.mark.parametrize("name", ["there.weight", "back.weight"])
+def test_a_weight_that_layers_share_is_masked_in_all_of_them(name):
+    model = Tied()
+    kept = torch.rand(6, 6) > 0.5
+    masks.apply(model, {name: kept})
+    optimiser = torch.optim.Adam(model.parameters(), 0.1)
+    for _ in range(3):
+        optimiser.zero_grad()
+        model(torch.randn(4, 6)).sum().backward()
+        optimiser.step()
+    masks.refresh(model)
+    assert torch.equal(model.there.weight, model.back.weight)
+    assert not model.back.weight[~kept].any()
+    assert len(list(model.parameters())) == 3
+    masks.make_permanent(model)
+    assert model.there.weight is model.back.weight
+
+
+def test_sparsity_reads_weights_that_torch_computes():
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
+    assert masks.sparsity(nn.Sequential(layer, nn.Linear(3, 2))) == 0
+
+
 def test_sparsity_counts_weights_only_and_sees_permanent_zeros():
     model = half_masked()
     total = 4 * 9 + 64 * 5
@@ -257,7 +290,7 @@ def test_a_clone_reads_its_own_weights_before_any_forward_pass():
     assert copied[4].weight_orig.grad is not None
 
 
-@pytest.mark.parametrize("sparsity", [-0.1, 1.1, float("nan"), float("inf"), True])
+@pytest.mark.parametrize("sparsity", [-0.1, 1.1, float("nan"), float("inf"), True, "0.5", None])
 def test_refuses_a_sparsity_that_is_no_share(sparsity):
     with pytest.raises(ValueError, match=r"share in \[0, 1\]"):
         masks.from_scores({"w": torch.ones(3)}, sparsity)
@@ -274,6 +307,9 @@ def test_refuses_scores_without_a_rank():
         masks.from_scores({"a": torch.ones(3, dtype=torch.complex64)}, 0.5)
     with pytest.raises(TypeError, match="real numbers"):
         masks.from_scores({"a": [1.0, 2.0]}, 0.5)
+    for scores in (torch.ones(3), [torch.ones(3)]):
+        with pytest.raises(TypeError, match="scores must be a dictionary by parameter name"):
+            masks.from_scores(scores, 0.5)
     with pytest.raises(ValueError, match="scope"):
         masks.from_scores({"a": torch.ones(3)}, 0.5, scope="channel")
 

@@ -297,6 +297,14 @@ def test_refused(name, match):
 def test_counts_must_be_positive(what):
     with pytest.raises(ValueError, match=f"{what} must be at least 1, got 0"):
         models.build("lenet5", **{what: 0})
+    for value in (2.5, "3"):
+        with pytest.raises(ValueError, match=f"{what} must be at least 1, got .*whole number"):
+            models.build("lenet5", **{what: value})
+
+
+def test_torchvisions_transformers_refuse_a_size_in_one_sentence():
+    with pytest.raises(ValueError, match="cannot be made for images of 30 x 30"):
+        models.build("torchvision:vit_b_16", image_size=30)
 
 
 def test_without_timm(monkeypatch):

@@ -108,3 +108,26 @@ def test_measured_looks_at_the_model_and_keeps_a_copy():
     with torch.no_grad():
         model.fc1.weight_orig.mul_(2)
     assert torch.equal(found.model.fc1.weight, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_of_another_precision_is_measured(dtype):
+    digits = data.load().subset(valid=10, test=10)
+    model = build("lenet_300_100", in_channels=1, image_size=8).to(dtype)
+    assert steps.measured(1, 0, model, digits, seconds=0).footprint.macs == 64 * 300 + 31_000
+
+
+@pytest.mark.parametrize("content", [b"garbage", b"", b"\x80"])
+def test_a_damaged_model_is_told_in_one_sentence(tmp_path, content):
+    steps.History(path=tmp_path).append(step(1, nn.Linear(2, 2)))
+    (tmp_path / "step-0001.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"cannot be read.*remove the folder and run again"):
+        steps.History.load(tmp_path)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator here")
+def test_what_a_gpu_wrote_is_read_without_one(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        steps.History(path=tmp_path).append(step(1, nn.Linear(2, 2)))
+    assert steps.History.load(tmp_path).last.model.weight.device.type == "cpu"

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from pruning101.core import structure
+from pruning101.core.models import build
 
 models = pytest.importorskip("torchvision.models")
 
@@ -553,3 +554,11 @@ def test_resnet18_without_its_removable_blocks_has_the_published_macs():
     assert round(smaller.macs / 1e6, 2) == 64.69
     assert smaller.depth == 10
     assert structure.removable_blocks(model, x) == []
+
+
+def test_units_must_be_positions_and_no_mask():
+    model = build("lenet5", in_channels=1, image_size=28)
+    for units in (torch.arange(20) < 2, [1.5], ["a"]):
+        with pytest.raises(TypeError, match="positions of units of 'conv1'"):
+            structure.remove_channels(model, "conv1", units, torch.zeros(1, 1, 28, 28))
+    assert model.get_submodule("conv1").out_channels == 20

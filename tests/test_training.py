@@ -365,6 +365,10 @@ def test_a_checkpoint_of_other_data_model_or_masks_is_refused(data, tmp_path):
         fit(other_masks, data, checkpoint=path, **SETTINGS)
     with pytest.raises(ValueError, match="made with model="):
         fit(net(), data, checkpoint=path, **SETTINGS)
+    frozen = masked_net()
+    frozen.get_submodule("fc2").requires_grad_(False)
+    with pytest.raises(ValueError, match=r"made with frozen=\[\], not \['fc2"):
+        fit(frozen, data, checkpoint=path, **SETTINGS)
     with pytest.raises(ValueError, match="made with data="):
         fit(masked_net(), data.subset(train=150), checkpoint=path, **SETTINGS)
     with pytest.raises(ValueError, match="made with labels="):
@@ -444,6 +448,12 @@ def test_a_loss_that_is_not_finite_names_its_step(data, bad):
         ({"schedule": "cosin"}, "Unknown schedule 'cosin'; did you mean 'cosine'"),
         ({"loss": "mae"}, "Unknown loss 'mae'; choose one of"),
         ({"precision": "float16"}, "Unknown precision 'float16'; did you mean"),
+        ({"schedule": 3}, "Unknown schedule 3; choose one of"),
+        ({"loss": None}, "Unknown loss None; choose one of"),
+        ({"device": "gpu"}, "no device 'gpu'; use \"cpu\""),
+        ({"penalty": 0.1}, "penalty must be None or something to call, not 0.1"),
+        ({"after_step": 3}, "after_step must be None or"),
+        ({"teacher": "net"}, "teacher must be None or"),
         ({"device": "mps"}, "needs an Apple GPU"),
         ({"device": "cuda"}, "needs a CUDA GPU"),
     ],
@@ -455,7 +465,7 @@ def test_bad_settings_are_refused_before_any_work(data, settings, words, tmp_pat
         pytest.skip("there is an MPS device here")
     model = net()
     before = state(model)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         fit(model, data, **({"epochs": 1, "lr": 0.1, "checkpoint": tmp_path / "c"} | settings))
     assert same(before, state(model))
     assert not list(tmp_path.iterdir())
@@ -467,6 +477,12 @@ def test_data_and_model_that_do_not_fit_are_refused(data):
         fit(net(classes=7), data, epochs=1, lr=0.1)
     with pytest.raises(ValueError, match="10 classes"):
         evaluate(net(classes=7), data)
+    with pytest.raises(ValueError, match=r"teacher gives outputs of shape \[2, 7\], the model"):
+        fit(net(), data, epochs=1, lr=0.1, teacher=net(classes=7))
+    colour = nn.Sequential(nn.Conv2d(3, 10, 8), nn.Flatten())
+    for wrong in ({}, {"teacher": colour}):
+        with pytest.raises(ValueError, match=r"does not take images of 1 x 8 x 8.*in_channels=1"):
+            fit(net() if wrong else colour, data, epochs=1, lr=0.1, **wrong)
     for name in ("train", "valid"):
         with pytest.raises(ValueError, match=f"{name} split of 'digits' is empty"):
             fit(net(), dataclasses.replace(data, **{name: empty}), epochs=1, lr=0.1)

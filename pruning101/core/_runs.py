@@ -3,9 +3,11 @@
 import contextlib
 import hashlib
 import io
+import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,10 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 def usable(device: str | torch.device) -> torch.device:
     """The device with its number, or an error if this machine has none of the kind."""
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f'There is no device {device!r}; use "cpu", "cuda" or "mps".') from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f'device="{device}" needs a CUDA GPU and there is none; use "cpu".')
@@ -81,6 +86,40 @@ def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def check_numbers(**values: float) -> None:
+    """Refuse what is out of range; the rules say what is in it."""
+    rules: dict[str, tuple[str, Callable[[float], bool]]] = {
+        "epochs": ("a whole number, 0 or more", lambda v: isinstance(v, Integral) and v >= 0),
+        "lr": ("a finite number above 0", lambda v: 0 < v < math.inf),
+        "momentum": ("in [0, 1)", lambda v: 0 <= v < 1),
+        "weight_decay": ("a finite number, 0 or more", lambda v: 0 <= v < math.inf),
+        "batch_size": ("a whole number, 1 or more", lambda v: isinstance(v, Integral) and v >= 1),
+        "teacher_weight": ("in [0, 1]", lambda v: 0 <= v <= 1),
+        "temperature": ("a finite number above 0", lambda v: 0 < v < math.inf),
+        "seed": ("a whole number, 0 or more", lambda v: isinstance(v, Integral) and v >= 0),
+    }
+    for name, value in values.items():
+        words, holds = rules[name]
+        if isinstance(value, bool) or not isinstance(value, Real) or not holds(value):
+            raise ValueError(f"{name} must be {words}, not {value!r}.")
+
+
+def trial(role: str, model: nn.Module, images: Tensor) -> Tensor:
+    """Run the model once, in evaluation mode, so that images it cannot take are told at once."""
+    try:
+        with mode(model, training=False), torch.no_grad():
+            return model(images)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        channels, side = images.shape[1], images.shape[-1]
+        raise ValueError(
+            f"The {role} does not take images of {' x '.join(map(str, images.shape[1:]))} "
+            f"({str(error).splitlines()[0].rstrip('.')}); build it with in_channels={channels} and "
+            f"image_size={side}, or load the data otherwise."
+        ) from error
 
 
 class Group:
@@ -147,7 +186,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
     total = hashlib.sha256()
     for tensor in tensors:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        total.update(flat.view(torch.uint8).numpy())
+        total.update(flat.view(torch.uint8).numpy().data)
     return total.hexdigest()[:16]
 
 

@@ -8,6 +8,7 @@ import difflib
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -88,13 +89,19 @@ def remove_channels(
     (``LayerNorm``) reads them. Parameters are new tensors afterwards: an optimiser made before
     still holds the old ones and must be made anew.
 
-    Raises ``ValueError``, and changes nothing, for an unknown layer, units out of range or all of
-    them, a layer that makes the output, a masked model (``masks.make_permanent`` first), or a model
-    that cannot be traced or does not run with fewer channels.
+    Raises ``TypeError`` for units that are no whole numbers (a mask, say). Raises ``ValueError``,
+    and changes nothing, for an unknown layer, units out of range or all of them, a layer that makes
+    the output, a masked model (``masks.make_permanent`` first), or a model that cannot be traced or
+    does not run with fewer channels.
     """
     graph = _Graph(model, example)
     name = graph.root(layer, swap_depthwise=False)
-    chosen = sorted({int(u) for u in (units.tolist() if isinstance(units, Tensor) else units)})
+    given = list(units.tolist() if isinstance(units, Tensor) else units)
+    if not all(isinstance(u, Integral) and not isinstance(u, bool) for u in given):
+        raise TypeError(
+            f"units must be the positions of units of {layer!r}, as [0, 3], not {units}."
+        )
+    chosen = sorted({int(u) for u in given})
     channels = graph.channels(name)
     wrong = [u for u in chosen if not 0 <= u < channels]
     if wrong:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from pruning101.core.sources import (
     read_file,
     read_folder,
     resize,
+    size_of_cut,
 )
 
 __all__ = ["Batches", "Dataset", "Split", "convert", "default_root", "from_tensors", "load"]
@@ -154,10 +156,10 @@ class Dataset:
             ("valid", self.valid, valid),
             ("test", self.test, test),
         ):
-            if n is not None and not 1 <= n <= len(whole):
+            if n is not None and not (isinstance(n, Integral) and 1 <= n <= len(whole)):
                 raise ValueError(
                     f"{part} of {self.name} has {len(whole)} images: ask for 1 to {len(whole)} "
-                    f"of them, not {n}."
+                    f"of them, not {n!r}."
                 )
             if n is not None:  # copied: a view would take the whole along to wherever it is sent
                 whole = Split(whole.images[:n].clone(), whole.labels[:n].clone())
@@ -203,8 +205,12 @@ def load(
     """
     if channels not in (None, 1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {channels}.")
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size must be at least 1 pixel, got {image_size}.")
+    if image_size is not None and (not isinstance(image_size, Integral) or image_size < 1):
+        raise ValueError(
+            f"image_size must be at least 1 pixel, a whole number, got {image_size!r}."
+        )
+    if not isinstance(seed, Integral):
+        raise TypeError(f"seed must be a whole number, not {seed!r}.")
     valid: Pair | None
     if name.startswith("folder:"):
         train, valid, test, classes = read_folder(Path(name[7:]).expanduser(), image_size)
@@ -214,7 +220,7 @@ def load(
     if valid is None:
         # digits are few: 287 of 1,437 make a steadier judge than 144 would
         share = 0.2 if name == "digits" else 0.1
-        rest, chosen = cut(train[1], round(share * len(train[1])), seed)
+        rest, chosen = cut(train[1], size_of_cut(len(train[1]), share), seed)
         train, valid = (train[0][rest], train[1][rest]), (train[0][chosen], train[1][chosen])
     train, valid, test = (
         (_with_channels(resize(images, image_size), channels), labels)
@@ -291,6 +297,10 @@ def _with_channels(images: Tensor, channels: int | None) -> Tensor:
         return images
     if have == 1:
         return images.repeat(1, 3, 1, 1)
+    if have != 3:
+        raise ValueError(
+            f"Images of {have} channels cannot be made grey or colour: leave channels=None."
+        )
     weights = torch.tensor([0.299, 0.587, 0.114])
     pieces = [
         (piece.movedim(1, -1).float() @ weights).round().byte() for piece in images.split(1024)

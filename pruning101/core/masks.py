@@ -11,6 +11,7 @@ import difflib
 import math
 from collections.abc import Iterator
 from functools import reduce
+from numbers import Real
 from typing import Literal, cast
 
 import torch
@@ -56,12 +57,14 @@ def apply(model: nn.Module, masks: dict[str, BoolTensor]) -> None:
 
     ``masks`` maps parameter names to bool tensors of the parameter's shape, True = kept. A
     parameter that already has a mask gets the new one instead; those not named stay as they are.
-    The masked values survive in ``weight_orig`` and return if a later mask keeps them.
+    The masked values survive in ``weight_orig`` and return if a later mask keeps them. A parameter
+    that several layers share is masked in all of them, whichever of its names is given.
 
     Raises:
         ValueError: an unknown name or a mask of the wrong shape; the model is unchanged.
         TypeError: a mask that is not a bool tensor; the model is unchanged.
     """
+    _check_by_name("masks", masks)
     targets = _targets(model)
     for name, mask in masks.items():
         if name not in targets:
@@ -77,7 +80,9 @@ def apply(model: nn.Module, masks: dict[str, BoolTensor]) -> None:
             raise ValueError(
                 f"The mask of {name!r} has shape {tuple(mask.shape)}, its parameter {tuple(shape)}."
             )
-    for name, mask in masks.items():
+    shared: dict[int, BoolTensor] = {id(_original(*targets[n])): m for n, m in masks.items()}
+    every = {n: shared[i] for n, at in targets.items() if (i := id(_original(*at))) in shared}
+    for name, mask in (every | masks).items():
         module, leaf = targets[name]
         if leaf in module._parameters:
             # An all-ones mask first, then the values: one hook, whose only state is the buffer.
@@ -111,7 +116,8 @@ def sparsity(model: nn.Module) -> float:
     total = zeros = 0
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
-            weight = _effective(module, "weight").detach()
+            stored = {"weight", "weight_orig"} & module._parameters.keys()
+            weight = (_effective(module, "weight") if stored else module.weight).detach()
             total += weight.numel()
             zeros += weight.numel() - int(torch.count_nonzero(weight))
     return zeros / total if total else 0.0
@@ -153,12 +159,22 @@ def clone(model: nn.Module) -> nn.Module:
 
 
 def _checked_sparsity(value: float) -> float:
-    if isinstance(value, bool) or not 0 <= value <= 1:  # also refuses NaN
+    number = isinstance(value, Real | Tensor) and not isinstance(value, bool)
+    if not number or not 0 <= value <= 1:  # also refuses NaN
         raise ValueError(f"sparsity must be a share in [0, 1], not {value!r}.")
     return float(value)
 
 
+def _check_by_name(what: str, given: object) -> None:
+    if not isinstance(given, dict):
+        raise TypeError(
+            f'{what} must be a dictionary by parameter name, as {{"fc1.weight": tensor}}, not '
+            f"{type(given).__name__}."
+        )
+
+
 def _check_scores(scores: dict[str, Tensor]) -> None:
+    _check_by_name("scores", scores)
     if not scores:
         raise ValueError("There are no scores to make masks from: the dictionary is empty.")
     for name, score in scores.items():

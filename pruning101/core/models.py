@@ -4,6 +4,7 @@ import difflib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -33,8 +34,8 @@ def build(
         ("in_channels", in_channels),
         ("image_size", image_size),
     ):
-        if value < 1:
-            raise ValueError(f"{what} must be at least 1, got {value}.")
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{what} must be at least 1, got {value!r}: give a whole number.")
     family, _, inner = name.partition(":")
     make: Callable[[int, int, int], nn.Module]
     if inner and family in _LIBRARIES:
@@ -51,7 +52,13 @@ def build(
         raise ValueError(_unknown("model", name, NAMES, listed))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = make(classes, in_channels, image_size)
+        try:
+            model = make(classes, in_channels, image_size)
+        except AssertionError as error:  # how torchvision's transformers refuse a size
+            raise ValueError(
+                f"{name} cannot be made for images of {image_size} x {image_size} pixels "
+                f"({str(error).rstrip('.!')}): try another image_size, such as 224."
+            ) from None
     if inner:
         _check_runs(name, model, (in_channels, image_size, image_size), classes)
     for module in model.modules():

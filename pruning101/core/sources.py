@@ -176,7 +176,7 @@ def read_folder(
         others.append(found)
     valid, test = others
     if test is None:  # a fifth, the same one whatever the seed
-        rest, chosen = cut(train[1], round(0.2 * len(train[1])), seed=0)
+        rest, chosen = cut(train[1], size_of_cut(len(train[1]), 0.2), seed=0)
         train, test = (train[0][rest], train[1][rest]), (train[0][chosen], train[1][chosen])
     return train, valid, test, classes
 
@@ -202,6 +202,15 @@ def _decode(files: list[Path], image_size: int | None, progress: bool = False) -
             )
         images[n] = image[0]
     return images
+
+
+def size_of_cut(images: int, share: float) -> int:
+    """Return how many images make this share, leaving at least one on either side."""
+    if images < 2:
+        raise ValueError(
+            f"{images} image is too few to cut valid or test images off: give at least 3 in all."
+        )
+    return max(1, round(share * images))
 
 
 def cut(labels: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -313,7 +322,8 @@ def _told(name: str, path: Path) -> Iterator[None]:
             raise PermissionError(
                 code, f"{path} cannot be written: make {path.parent} a writable folder {other}."
             ) from None
+        reason = " ".join(str(error).split())  # torchvision's runs over several lines
         raise ConnectionError(
-            f"{name} is not at {path} and cannot be downloaded ({error}): connect to the network, "
+            f"{name} is not at {path} and cannot be downloaded ({reason}): connect to the network, "
             f"copy {path.name} there from another machine {other} that has it."
         ) from None

@@ -152,6 +152,8 @@ class History:
                 f"no history in {folder}: there is no {INDEX_FILE}; name the folder of a run"
             )
         history = cls(path=folder)
+        # what an accelerator wrote can be read where there is none
+        where = None if torch.accelerator.is_available() else "cpu"
         try:
             content = json.loads(index.read_text())
             for row in content["records"]:
@@ -160,10 +162,12 @@ class History:
                     row["footprint"] = Footprint(**row["footprint"])
                     file = folder / _model_file(row["index"])
                     # whole modules: the class and shapes of a pruned network are in no state dict
-                    row["model"] = torch.load(file, weights_only=False) if file.exists() else None
+                    row["model"] = None
+                    if file.exists():
+                        row["model"] = torch.load(file, where, weights_only=False)
                 history._records.append(kind(**row))
             history.settings = content["settings"]
-        except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError) as error:
+        except Exception as error:  # what unpickling raises on garbage has no bounds
             raise ValueError(
                 f"the history in {folder} cannot be read ({type(error).__name__}: {error}); "
                 "remove the folder and run again"
@@ -193,18 +197,18 @@ def measured(
     index: int, removed: Any, model: nn.Module, data: "Dataset", *, seconds: float
 ) -> Step:
     """Measure ``model`` on ``valid`` and ``test`` and return the ``Step`` with a copy of it."""
+    from pruning101.core import _runs
     from pruning101.core.training import evaluate  # training itself keeps its epochs in a History
 
     valid = evaluate(model, data, "valid")
     test = evaluate(model, data, "test")
-    device = next(model.parameters()).device
-    example, _ = next(iter(data.batches("valid", 1, device=device)))
+    example, _ = next(iter(data.batches("valid", 1, device=_runs.device_of(model))))
     return Step(
         index=index,
         removed=removed,
         accuracy=valid.accuracy,
         loss=valid.loss,
-        footprint=footprint(model, example),
+        footprint=footprint(model, example.to(_runs.dtype_of(model))),
         model=masks.clone(model),
         seconds=seconds,
         test_accuracy=test.accuracy,

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +156,10 @@ def fit(
     Raises:
         ValueError: a setting out of range, data and model that do not fit, or a checkpoint that is
             damaged or was made with other settings; all before any training.
+        TypeError: a penalty, teacher or after_step that cannot be called.
         FloatingPointError: the objective is no longer finite; names epoch and step.
     """
-    _check_numbers(
+    _runs.check_numbers(
         epochs=epochs,
         lr=lr,
         momentum=momentum,
@@ -172,10 +172,13 @@ def fit(
     _known("optimizer", optimizer, _OPTIMIZERS)
     _known("precision", precision, _PRECISIONS)
     loss_function = _loss(loss)
-    if isinstance(schedule, str):
-        factor = _SCHEDULES[_known("schedule", schedule, _SCHEDULES)]
-    else:
+    if callable(schedule):
         factor = schedule
+    else:
+        factor = _SCHEDULES[_known("schedule", schedule, _SCHEDULES)]
+    for name, given in (("penalty", penalty), ("teacher", teacher), ("after_step", after_step)):
+        if given is not None and not callable(given):
+            raise TypeError(f"{name} must be None or something to call, not {given!r}.")
     for split in ("train", "valid"):
         if len(getattr(data, split)) == 0:
             raise ValueError(
@@ -194,13 +197,18 @@ def fit(
     model.to(where)
     masks.refresh(model)
     dtype = _runs.dtype_of(model)
-    with _runs.mode(model, training=False), torch.no_grad():
-        images, _ = next(iter(data.batches("train", 2, device=where)))
-        outputs = model(images.to(dtype))
+    images, _ = next(iter(data.batches("train", 2, device=where)))
+    outputs = _runs.trial("model", model, images.to(dtype))
     if isinstance(loss, str):
         _check_outputs(outputs, data)
     if teacher is not None:
         teacher = masks.clone(teacher).to(where).eval()
+        answers = _runs.trial("teacher", teacher, images.to(dtype))
+        if answers.shape != outputs.shape:
+            raise ValueError(
+                f"The teacher gives outputs of shape {list(answers.shape)}, the model "
+                f"{list(outputs.shape)}; build both with classes={len(data.classes)}."
+            )
 
     optimiser = _optimizer(optimizer, parameters, lr, momentum, weight_decay)
     history = History()
@@ -227,6 +235,7 @@ def fit(
             "data": f"{data.name} {list(data.train.images.shape)}",
             "labels": _runs.digest([data.train.labels, data.valid.labels]),
             "model": str({name: list(t.shape) for name, t in model.state_dict().items()}),
+            "frozen": [name for name, p in model.named_parameters() if not p.requires_grad],
             "masks": _runs.digest(masks.masks_of(model).values()),
         }
         if checkpoint.exists():
@@ -312,24 +321,6 @@ def fit(
     return history
 
 
-def _check_numbers(**values: float) -> None:
-    """Refuse what is out of range; the rules say what is in it."""
-    rules: dict[str, tuple[str, Callable[[float], bool]]] = {
-        "epochs": ("a whole number, 0 or more", lambda v: isinstance(v, Integral) and v >= 0),
-        "lr": ("a finite number above 0", lambda v: 0 < v < math.inf),
-        "momentum": ("in [0, 1)", lambda v: 0 <= v < 1),
-        "weight_decay": ("a finite number, 0 or more", lambda v: 0 <= v < math.inf),
-        "batch_size": ("a whole number, 1 or more", lambda v: isinstance(v, Integral) and v >= 1),
-        "teacher_weight": ("in [0, 1]", lambda v: 0 <= v <= 1),
-        "temperature": ("a finite number above 0", lambda v: 0 < v < math.inf),
-        "seed": ("a whole number, 0 or more", lambda v: isinstance(v, Integral) and v >= 0),
-    }
-    for name, value in values.items():
-        words, holds = rules[name]
-        if isinstance(value, bool) or not isinstance(value, Real) or not holds(value):
-            raise ValueError(f"{name} must be {words}, not {value!r}.")
-
-
 def _known(what: str, name: str, names: Iterable[str]) -> str:
     names = list(names)
     if name not in names:
@@ -340,7 +331,7 @@ def _known(what: str, name: str, names: Iterable[str]) -> str:
 
 
 def _loss(loss: str | Loss) -> Loss:
-    return _LOSSES[_known("loss", loss, _LOSSES)] if isinstance(loss, str) else loss
+    return loss if callable(loss) else _LOSSES[_known("loss", loss, _LOSSES)]
 
 
 def _name(setting: Any) -> str | None:
