@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 
-from pruning101.core import measure
+from pruning101.core import masks, measure
 
 
 def lenet_300_100():
@@ -188,6 +188,9 @@ def test_shared_parameters_count_once():
     assert (found.macs, found.depth) == (32, 2)
     state = measure.decode_state(measure.coded_state(model))
     assert torch.equal(state["0.weight"], state["2.weight"])
+    masks.apply(model, {"0.weight": torch.eye(4).bool()})
+    found = measure.footprint(model, torch.zeros(1, 4))
+    assert (found.parameters, found.nonzero, found.dense_bytes) == (16, 4, 64)
 
 
 def masked_lenet(kept=0.1):

@@ -545,11 +545,15 @@ if norm:
 model = nn.Sequential(*layers)
 masks.apply(model, {"0.weight": torch.arange(54).view(6, 1, 3, 3) % 2 > 0})
 digits = data.load("digits").subset(train=131, valid=50)  # batches of 33, 33, 33 and 32
-history = training.fit(
-    model, digits, epochs=2, lr=0.05, batch_size=33, weight_decay=0.01,
-    schedule="cosine", device="cpu",
+untrained = masks.clone(model)
+settings = dict(
+    epochs=2, lr=0.05, batch_size=33, weight_decay=0.01, schedule="cosine", device="cpu",
     penalty=lambda m: 1e-3 * m[-1].weight.square().sum(), checkpoint=out + "/run.pt",
 )
+history = training.fit(model, digits, **settings)
+training.fit(untrained, digits, **settings)  # reads the checkpoint
+for name, value in untrained.state_dict().items():
+    assert torch.equal(value, model.state_dict()[name]), name
 epochs = [[e.loss, e.accuracy, e.valid_loss, e.valid_accuracy] for e in history]
 torch.save({"state": model.state_dict(), "epochs": epochs}, f"{out}/rank{rank}.pt")
 """

@@ -1,5 +1,6 @@
 """What a training run stands on: its device, seeds, processes and checkpoints."""
 
+import atexit
 import contextlib
 import hashlib
 import io
@@ -133,7 +134,10 @@ class Group:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
 
+            joined = torch.distributed.is_initialized()
             self._state = PartialState(cpu=device.type == "cpu")
+            if not joined:  # a process that ends with its group still open may abort
+                atexit.register(self._state.destroy_process_group)
             self.rank, self.size = self._state.process_index, self._state.num_processes
             self.device = self._state.device
 
@@ -229,7 +233,8 @@ def resume(
     """
     content = io.BytesIO(path.read_bytes())
     try:
-        found = torch.load(content, map_location=device, weights_only=True)
+        where = "cpu" if device.type == "cpu" else device  # torch.load knows no "cpu:0"
+        found = torch.load(content, map_location=where, weights_only=True)
         before = found["settings"]
         records = [Epoch(**record) for record in found["epochs"]]
         states = found["model"], found["optimizer"]

@@ -159,11 +159,15 @@ def inference_state(model: nn.Module) -> dict[str, Tensor]:
     under both.
     """
     state: dict[str, Tensor] = {}
+    masked: dict[int, Tensor] = {}  # what layers share is one tensor when masked, too
     for prefix, module in model.named_modules(remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 plain, value = _effective(module, name, parameter)
+                if plain != name:
+                    before = masked.setdefault(id(parameter), value)
+                    value = before if torch.equal(before, value) else value
                 state[dot + plain] = value
         for name, buffer in module._buffers.items():
             skipped = name in module._non_persistent_buffers_set or name == "num_batches_tracked"
