@@ -106,16 +106,16 @@ plt.show()
 # ## By hand
 #
 # One linear neuron, four patterns, two inputs of very different scale. Its
-# error is the mean of $(d - w \cdot x)^2$; twice differentiated in $w_j$
+# error is the mean of $(t - w \cdot x)^2$; twice differentiated in $w_j$
 # this is $h_j = 2\,\overline{x_j^2}$.
 
 # %% tags=["nbval-check-output"]
 x = torch.tensor([[1.0, 10], [-1, 10], [1, -10], [-1, -10]])
 w = torch.tensor([2.0, 0.5])
-d = x @ w  # trained to perfection: the error is 0
+t = x @ w  # trained to perfection: the error is 0
 h = 2 * (x**2).mean(0)
 cost = [
-    ((d - x @ w.where(torch.arange(2) != j, 0)) ** 2).mean() for j in (0, 1)
+    ((t - x @ w.where(torch.arange(2) != j, 0)) ** 2).mean() for j in (0, 1)
 ]
 print("curvature h      ", h.tolist())
 print("saliency h w^2/2 ", (h * w**2 / 2).tolist())
@@ -141,28 +141,28 @@ print("actual cost      ", torch.stack(cost).tolist())
 #
 # $$s_k = \tfrac12\, h_{kk}\, u_k^2 .$$
 #
-# For the diagonal, write $a_i = \sum_j w_{ij} x_j$ and $x_i = f(a_i)$, and
+# For the diagonal, write $z_i = \sum_j w_{ij} a_j$ and $a_i = f(z_i)$, and
 # carry curvature back as backpropagation carries slopes (eqs. 6 and 7):
 #
 # $$\frac{\partial^2 E}{\partial w_{ij}^2} = \frac{\partial^2 E}{\partial
-# a_i^2}\, x_j^2, \qquad \frac{\partial^2 E}{\partial a_i^2} =
-# f'(a_i)^2 \sum_l w_{li}^2 \frac{\partial^2 E}{\partial a_l^2}
-# + f''(a_i) \frac{\partial E}{\partial x_i} .$$
+# z_i^2}\, a_j^2, \qquad \frac{\partial^2 E}{\partial z_i^2} =
+# f'(z_i)^2 \sum_l w_{li}^2 \frac{\partial^2 E}{\partial z_l^2}
+# + f''(z_i) \frac{\partial E}{\partial a_i} .$$
 #
-# It starts at the outputs with $2 f'^2 - 2 (d_i - x_i) f''$ (eq. 8) for $E =
-# \sum_i (d_i - x_i)^2$. A weight that is used in several places adds up
+# It starts at the outputs with $2 f'^2 - 2 (t_i - a_i) f''$ (eq. 8) for $E =
+# \sum_i (t_i - a_i)^2$. A weight that is used in several places adds up
 # over them (eq. 5).
 #
 # | symbol | meaning |
 # | --- | --- |
 # | $u_k$, $w_{ij}$ | a parameter; the weight from unit $j$ to unit $i$ |
-# | $a_i$, $x_i$ | pre-activation and activation of unit $i$ |
-# | $d_i$ | desired output |
+# | $z_i$, $a_i$ | pre-activation and activation of unit $i$ (the paper's $a_i$, $x_i$) |
+# | $t_i$ | target of output $i$ (the paper's $d_i$) |
 # | $g$, $h$ | first and second derivative of $E$ in a parameter |
 # | $s_k$ | saliency of parameter $k$ |
 #
 # **Two slips to know of.** The paper prints eq. 7 with a *minus* before
-# $f''$; with $\partial E/\partial x_i$ the ordinary derivative it must be a
+# $f''$; with $\partial E/\partial a_i$ the ordinary derivative it must be a
 # plus, as we shall measure. And slides that say "all the $h_{ij}$ are
 # non-negative" and "$s_k = h_{uu}/2$" mean: at a minimum the *diagonal*
 # entries $h_{ii}$ are non-negative, and $s_k = h_{kk} u_k^2/2$.
@@ -174,14 +174,14 @@ print("actual cost      ", torch.stack(cost).tolist())
 
 
 # %%
-def diagonal(w1, b1, w2, b2, x, d, sign=+1):
-    """h for w1 and w2; x [patterns, inputs], d [patterns, outputs]."""
+def diagonal(w1, b1, w2, b2, x, t, sign=+1):
+    """h for w1 and w2; x [patterns, inputs], t [patterns, outputs]."""
     hidden = torch.tanh(x @ w1.T + b1)  # [patterns, hidden]
     slope, bend = 1 - hidden**2, -2 * hidden * (1 - hidden**2)  # f', f''
     output = hidden @ w2.T + b2  # [patterns, outputs], linear
-    g_output = 2 * (output - d)  # dE/dx
+    g_output = 2 * (output - t)  # dE/da
     h_output = torch.full_like(output, 2.0)  # eq. 8 with f linear
-    g_hidden = g_output @ w2  # dE/dx, [patterns, hidden]
+    g_hidden = g_output @ w2  # dE/da, [patterns, hidden]
     h_hidden = slope**2 * (h_output @ w2**2) + sign * bend * g_hidden  # eq. 7
     h_w2 = h_output.T @ hidden**2 / len(x)  # eq. 6, averaged
     h_w1 = h_hidden.T @ x**2 / len(x)
@@ -203,13 +203,13 @@ small = nn.Sequential(
 ).double()
 images, labels = next(iter(digits.batches("train", 200)))
 parts = [p.detach() for p in small.parameters()]
-x, d = images.flatten(1).double(), F.one_hot(labels, 10).double()
+x, t = images.flatten(1).double(), F.one_hot(labels, 10).double()
 
 exact = obd.hessian_diagonal(
     small, [(images, labels)], "squared_error", method="exact"
 )
 library = obd.hessian_diagonal(small, [(images, labels)], "squared_error")
-plus, minus = diagonal(*parts, x, d), diagonal(*parts, x, d, sign=-1)
+plus, minus = diagonal(*parts, x, t), diagonal(*parts, x, t, sign=-1)
 
 
 def off(found, true):
@@ -458,9 +458,9 @@ def spearman(a, b):
 
 
 @torch.no_grad()
-def single_costs(model, x, d, chosen):
+def single_costs(model, x, t, chosen):
     def error():
-        return float(((model(x) - d) ** 2).sum(1).mean())
+        return float(((model(x) - t) ** 2).sum(1).mean())
 
     before, weights = error(), model[1].weight.data.view(-1)
     costs = []
@@ -475,16 +475,16 @@ def single_costs(model, x, d, chosen):
 factors = torch.logspace(-1, 1, 64, dtype=torch.float64)
 factors = factors[torch.randperm(64)]
 everything, answers = next(iter(digits.batches("train", 2_000)))
-x, d = everything.flatten(1).double(), F.one_hot(answers, 10).double()
+x, t = everything.flatten(1).double(), F.one_hot(answers, 10).double()
 rows = []
 for model in trained if PROFILE == "quick" else []:  # linear first layers
     model = masks.clone(model).double()
     chosen = torch.randperm(model[1].weight.numel())[:200]
-    costs = single_costs(model, x, d, chosen)
+    costs = single_costs(model, x, t, chosen)
     for inputs, factor in (("alike", 1.0), ("different", factors)):
         same = masks.clone(model)
         same[1].weight.data /= factor
-        h = obd.hessian_diagonal(same, [(x * factor, d)], "squared_error")
+        h = obd.hessian_diagonal(same, [(x * factor, t)], "squared_error")
         s = obd.saliency(same, h)["1.weight"].flatten()[chosen]
         size = same[1].weight.detach().abs().flatten()[chosen]
         for score, values in (("saliency", s), ("magnitude", size)):
@@ -674,7 +674,7 @@ for name, model in (("random weights", fresh), ("trained", trained[0])):
         print(f"1. {name:15} {way:20} {negative} of {n} negative")
 
 if PROFILE == "quick":
-    model, few = masks.clone(trained[0]).double(), (x[:100], d[:100])
+    model, few = masks.clone(trained[0]).double(), (x[:100], t[:100])
     s = obd.hessian_diagonal(model, [few], "squared_error")
     s = obd.saliency(model, s)["1.weight"].flatten()[:200]
     found = spearman(s, single_costs(model, *few, range(200)))
@@ -748,8 +748,8 @@ assert predicted_rise(ones, ones, 4) == 2, "all four, at 1/2 each, cost 2"
 # ### Exercise 2: equation 7 (medium, 10 minutes, core)
 #
 # Carry the curvature one layer back: from the units $l$ above to the
-# pre-activations $a_i$ of the units below. The activation's slope $f'(a_i)$
-# and bend $f''(a_i)$ are given, and so is $\partial E/\partial x_i$. Mind
+# pre-activations $z_i$ of the units below. The activation's slope $f'(z_i)$
+# and bend $f''(z_i)$ are given, and so is $\partial E/\partial a_i$. Mind
 # the sign.
 #
 # <details><summary>Hint</summary>
@@ -760,10 +760,10 @@ assert predicted_rise(ones, ones, 4) == 2, "all four, at 1/2 each, cost 2"
 
 # %% tags=["exercise"] nbgrader={"schema_version": 3, "grade_id": "ex-02-2", "grade": false, "solution": true, "locked": false, "task": false}
 def curvature_below(w, h_above, slope, bend, g_below):
-    """d2E/da_i^2 of each unit i below and each pattern.
+    """d2E/dz_i^2 of each unit i below and each pattern.
 
     w [above, below]; h_above [patterns, above];
-    slope, bend, g_below (dE/dx_i) and the result [patterns, below].
+    slope, bend, g_below (dE/da_i) and the result [patterns, below].
     """
     ### BEGIN SOLUTION
     return slope**2 * (h_above @ w**2) + bend * g_below
@@ -778,46 +778,46 @@ assert h.item() == 4.5, f"(1/2)^2 * (-3)^2 * 2 is 4.5, not {h.item()}"
 
 
 # %% tags=["check"] nbgrader={"schema_version": 3, "grade_id": "ex-02-2-check-b", "grade": true, "points": 2, "solution": false, "locked": true, "task": false}
-def by_autograd(a, w, d):
-    """The exact d2E/da^2 for E = sum (d - w tanh(a))^2, pattern by pattern."""
+def by_autograd(z, w, t):
+    """The exact d2E/dz^2 for E = sum (t - w tanh(z))^2, pattern by pattern."""
     hessians = [
         torch.autograd.functional.hessian(
-            lambda v, t=t: ((t - w @ torch.tanh(v)) ** 2).sum(), v
+            lambda z, t=t: ((t - w @ torch.tanh(z)) ** 2).sum(), z_one
         )
-        for v, t in zip(a, d, strict=True)
+        for z_one, t in zip(z, t, strict=True)
     ]
     return torch.stack([h.diagonal() for h in hessians])
 
 
-def by_equation(a, w, d):
-    x = torch.tanh(a)
-    g = 2 * (x @ w.T - d) @ w
-    two = torch.full((len(a), len(w)), 2.0, dtype=a.dtype)
-    bend = -2 * x * (1 - x**2)
-    return curvature_below(w, two, 1 - x**2, bend, g)
+def by_equation(z, w, t):
+    a = torch.tanh(z)
+    g = 2 * (a @ w.T - t) @ w
+    two = torch.full((len(z), len(w)), 2.0, dtype=z.dtype)
+    bend = -2 * a * (1 - a**2)
+    return curvature_below(w, two, 1 - a**2, bend, g)
 
 
 generator = torch.Generator().manual_seed(0)
-a, w, d = (
+z, w, t = (
     torch.randn(s, generator=generator) for s in ((5, 4), (3, 4), (5, 3))
 )
-assert torch.allclose(by_equation(a, w, d), by_autograd(a, w, d), atol=1e-4), (
+assert torch.allclose(by_equation(z, w, t), by_autograd(z, w, t), atol=1e-4), (
     "this is not the second derivative: check the sign and the squares"
 )
 ### BEGIN HIDDEN TESTS
 for patterns, above, below in ((1, 1, 1), (7, 2, 5), (2, 6, 3)):
     shapes = ((patterns, below), (above, below), (patterns, above))
-    a, w, d = (torch.randn(s, generator=generator).double() for s in shapes)
-    assert torch.allclose(by_equation(a, w, d), by_autograd(a, w, d))
+    z, w, t = (torch.randn(s, generator=generator).double() for s in shapes)
+    assert torch.allclose(by_equation(z, w, t), by_autograd(z, w, t))
 ### END HIDDEN TESTS
 
 # %% [markdown]
 # ### Exercise 3: shared weights (hard, 20 minutes)
 #
-# A one-dimensional convolution without padding computes $a_p = \sum_m u_m
+# A one-dimensional convolution without padding computes $z_p = \sum_m u_m
 # x_{p+m}$: each weight $u_m$ is used at every place $p$. Find $h_{mm}$ by
 # eqs. 5 and 6, summed over places and averaged over patterns, from the
-# inputs and the curvature $\partial^2 E/\partial a_p^2$ at each place.
+# inputs and the curvature $\partial^2 E/\partial z_p^2$ at each place.
 #
 # <details><summary>Hint</summary>
 # For each m, the inputs that u_m meets are a slice of x as long as h.

@@ -76,8 +76,10 @@
 # | $w$, $W$ | `weight` | a weight; the weights of a layer, [outputs, inputs] |
 # | $b$ | `bias` | the biases of a layer, [outputs] |
 # | $x$, $t$ | `images`, `labels` | an input and its target |
+# | $y$ | `outputs` | what the network gives for it |
 # | $z$ | `pre_activation` | what a unit sums up, before its activation |
 # | $a = f(z)$ | `activation` | what a unit emits |
+# | $\delta = \partial E / \partial z$ | | slope of the error in a pre-activation |
 # | $L$ | `loss` | the loss that training lowers, mean over examples |
 # | $E$ | `error` | an error that a score is measured in, where it is not $L$ |
 # | $g = \partial L / \partial w$ | `gradient` | first derivative |
