@@ -168,6 +168,17 @@ def test_sparsities_from_a_scan_cost_every_layer_the_same_drop():
     assert found == pytest.approx({"a": 0.8, "b": 0.4})
 
 
+def test_an_accuracy_that_recovers_by_chance_buys_no_sparsity():
+    scan = magnitude.Scan(
+        (0.0, 0.3, 0.6, 0.9),
+        {"a": (0.9, 0.7, 0.9, 0.5), "b": (0.9, 0.8, 0.7, 0.6)},
+        {"a": 100, "b": 100},
+    )
+    # at a drop of 0.3, a stands half-way between its drops of 0.2 (reached at 0.3) and 0.4
+    found = magnitude.sparsities_from_scan(scan, 0.825)
+    assert found == pytest.approx({"a": 0.75, "b": 0.9})
+
+
 @given(
     data=st.lists(st.lists(st.integers(0, 100), min_size=4, max_size=4), min_size=1, max_size=4),
     sparsity=st.floats(0, 0.95),
