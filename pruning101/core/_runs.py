@@ -202,7 +202,6 @@ def save(
     optimiser: torch.optim.Optimizer,
 ) -> None:
     """Write a checkpoint; `path` is the old file until the new one is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         torch.save(
@@ -217,6 +216,19 @@ def save(
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def check_place(path: Path) -> None:
+    """Make the folder of a checkpoint, or refuse now what would fail after the first epoch."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"The checkpoint {str(path)!r} cannot be made ({error.strerror}); choose another path."
+        ) from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        kind = "is a folder" if path.is_dir() else "lies in a folder that may not be written to"
+        raise OSError(f"The checkpoint {str(path)!r} {kind}; choose another path.")
 
 
 def resume(

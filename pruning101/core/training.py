@@ -156,6 +156,7 @@ def fit(
     Raises:
         ValueError: a setting out of range, data and model that do not fit, or a checkpoint that is
             damaged or was made with other settings; all before any training.
+        OSError: the checkpoint cannot be written where it is to be.
         TypeError: a penalty, teacher or after_step that cannot be called.
         FloatingPointError: the objective is no longer finite; names epoch and step.
     """
@@ -215,6 +216,7 @@ def fit(
     settings: dict[str, Any] = {}
     if checkpoint is not None:
         checkpoint = Path(checkpoint)
+        _runs.check_place(checkpoint)
         settings = {
             "epochs": epochs,
             "lr": lr,
