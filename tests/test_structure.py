@@ -562,3 +562,6 @@ def test_units_must_be_positions_and_no_mask():
         with pytest.raises(TypeError, match="positions of units of 'conv1'"):
             structure.remove_channels(model, "conv1", units, torch.zeros(1, 1, 28, 28))
     assert model.get_submodule("conv1").out_channels == 20
+    scores = torch.arange(20.0)
+    structure.remove_channels(model, "conv1", [scores.argmin()], torch.zeros(1, 1, 28, 28))
+    assert model.get_submodule("conv1").out_channels == 19

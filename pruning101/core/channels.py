@@ -96,7 +96,7 @@ def remove_channels(
     """
     graph = _Graph(model, example)
     name = graph.root(layer, swap_depthwise=False)
-    given = list(units.tolist() if isinstance(units, Tensor) else units)
+    given = [u.item() if isinstance(u, Tensor) else u for u in units]
     if not all(isinstance(u, Integral) and not isinstance(u, bool) for u in given):
         raise TypeError(
             f"units must be the positions of units of {layer!r}, as [0, 3], not {units}."
