@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruning101.core import _runs, masks, structure, training
+from pruning101.core import masks, runs, structure, training
 from pruning101.core.data import Dataset
 from pruning101.core.steps import History, Step, measured
 
@@ -79,10 +79,10 @@ def relevance(
     if decay is not None and not 0 <= decay < 1:
         raise ValueError(f"decay must lie in [0, 1), got {decay!r}; the paper uses 0.8.")
     estimate = _attention if method == "attention" else _removal
-    device, site = _runs.device_of(model), None
+    device, site = runs.device_of(model), None
     total: Tensor = torch.tensor(0.0, device=device)
     running, patterns = None, 0
-    with _runs.mode(model, training=False):
+    with runs.mode(model, training=False):
         for inputs, labels in batches:
             inputs, labels = inputs.to(device), labels.to(device)
             site = site or _find_site(model, layer, inputs[:1])
@@ -279,7 +279,7 @@ def skeletonize(
         raise ValueError(f"remove must be a count from 1 or a share in (0, 1), got {remove!r}.")
     if split not in ("train", "valid"):
         raise ValueError(f"split must be 'train' or 'valid', got {split!r}.")
-    device = _runs.device_of(model)
+    device = runs.device_of(model)
     example, _ = next(iter(data.batches("valid", 2, device=device)))
     chosen = _trimmable(model, example) if layers is None else list(layers)
     for layer in chosen:
@@ -298,7 +298,7 @@ def skeletonize(
             if training.evaluate(network, data, "valid").accuracy >= goal:
                 return True
             if epoch < epochs:
-                order = _runs.derive(seed, removal, epoch)
+                order = runs.derive(seed, removal, epoch)
                 training.fit(network, data, epochs=1, seed=order, **options)
         return False
 

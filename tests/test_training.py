@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pruning101.core import _runs, masks, training
+from pruning101.core import masks, runs, training
 from pruning101.core.data import Dataset, Split, load
 from pruning101.core.training import evaluate, fit
 
@@ -72,7 +72,7 @@ def test_fit_is_the_plain_loop_one_would_write(data, optimizer):
     step, total = 0, 2 * 7
     for epoch in (1, 2):
         seen, hits, loss_sum = 0, 0, 0.0
-        seed = _runs.derive(5, epoch)
+        seed = runs.derive(5, epoch)
         for x, y in data.batches("train", 32, shuffle=True, augment=True, seed=seed):
             optimiser.param_groups[0]["lr"] = 0.05 * (1 + math.cos(math.pi * step / total)) / 2
             outputs, soft = theirs(x), (teacher(x) / 3).softmax(1).detach()

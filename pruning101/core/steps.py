@@ -197,18 +197,18 @@ def measured(
     index: int, removed: Any, model: nn.Module, data: "Dataset", *, seconds: float
 ) -> Step:
     """Measure ``model`` on ``valid`` and ``test`` and return the ``Step`` with a copy of it."""
-    from pruning101.core import _runs
+    from pruning101.core import runs
     from pruning101.core.training import evaluate  # training itself keeps its epochs in a History
 
     valid = evaluate(model, data, "valid")
     test = evaluate(model, data, "test")
-    example, _ = next(iter(data.batches("valid", 1, device=_runs.device_of(model))))
+    example, _ = next(iter(data.batches("valid", 1, device=runs.device_of(model))))
     return Step(
         index=index,
         removed=removed,
         accuracy=valid.accuracy,
         loss=valid.loss,
-        footprint=footprint(model, example.to(_runs.dtype_of(model))),
+        footprint=footprint(model, example.to(runs.dtype_of(model))),
         model=masks.clone(model),
         seconds=seconds,
         test_accuracy=test.accuracy,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pruning101.core import _runs, masks
+from pruning101.core import masks, runs
 from pruning101.core.data import Dataset
 from pruning101.core.steps import Epoch, History
 
@@ -88,14 +88,14 @@ def evaluate(
     n = len(getattr(data, split))
     if n == 0:
         raise ValueError(f"The {split} split of {data.name!r} is empty: nothing to measure on.")
-    where = _runs.device_of(model)
-    if device is not None and _runs.usable(device) != where:
-        where = _runs.usable(device)
+    where = runs.device_of(model)
+    if device is not None and runs.usable(device) != where:
+        where = runs.usable(device)
         model = masks.clone(model).to(where)
     losses: list[Tensor] = []
     hits: list[Tensor] = []
-    dtype = _runs.dtype_of(model)
-    with _runs.mode(model, training=False), torch.no_grad():
+    dtype = runs.dtype_of(model)
+    with runs.mode(model, training=False), torch.no_grad():
         for images, labels in data.batches(split, batch_size, device=where):
             outputs = model(images.to(dtype))
             if not losses and isinstance(loss, str):
@@ -160,7 +160,7 @@ def fit(
         TypeError: a penalty, teacher or after_step that cannot be called.
         FloatingPointError: the objective is no longer finite; names epoch and step.
     """
-    _runs.check_numbers(
+    runs.check_numbers(
         epochs=epochs,
         lr=lr,
         momentum=momentum,
@@ -188,23 +188,23 @@ def fit(
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("Nothing to train: no parameter of the model has requires_grad=True.")
-    where = _runs.usable(device) if device is not None else _runs.device_of(model)
+    where = runs.usable(device) if device is not None else runs.device_of(model)
     if device is None and where.type == "cpu":
-        where = _runs.usable(default_device())
-    group = _runs.Group(where)
+        where = runs.usable(default_device())
+    group = runs.Group(where)
     where = group.device
     steps = _steps(len(data.train), batch_size, group.size)
-    bfloat16 = precision == "bfloat16" or (precision == "auto" and _runs.has_bfloat16(where))
+    bfloat16 = precision == "bfloat16" or (precision == "auto" and runs.has_bfloat16(where))
     model.to(where)
     masks.refresh(model)
-    dtype = _runs.dtype_of(model)
+    dtype = runs.dtype_of(model)
     images, _ = next(iter(data.batches("train", 2, device=where)))
-    outputs = _runs.trial("model", model, images.to(dtype))
+    outputs = runs.trial("model", model, images.to(dtype))
     if isinstance(loss, str):
         _check_outputs(outputs, data)
     if teacher is not None:
         teacher = masks.clone(teacher).to(where).eval()
-        answers = _runs.trial("teacher", teacher, images.to(dtype))
+        answers = runs.trial("teacher", teacher, images.to(dtype))
         if answers.shape != outputs.shape:
             raise ValueError(
                 f"The teacher gives outputs of shape {list(answers.shape)}, the model "
@@ -216,7 +216,7 @@ def fit(
     settings: dict[str, Any] = {}
     if checkpoint is not None:
         checkpoint = Path(checkpoint)
-        _runs.check_place(checkpoint)
+        runs.check_place(checkpoint)
         settings = {
             "epochs": epochs,
             "lr": lr,
@@ -227,7 +227,7 @@ def fit(
             "schedule": _name(schedule),
             "loss": _name(loss),
             "penalty": _name(penalty),
-            "teacher": None if teacher is None else _runs.digest(teacher.state_dict().values()),
+            "teacher": None if teacher is None else runs.digest(teacher.state_dict().values()),
             "teacher_weight": teacher_weight,
             "temperature": temperature,
             "after_step": _name(after_step),
@@ -235,13 +235,13 @@ def fit(
             "seed": seed,
             "precision": "bfloat16" if bfloat16 else "float32",
             "data": f"{data.name} {list(data.train.images.shape)}",
-            "labels": _runs.digest([data.train.labels, data.valid.labels]),
+            "labels": runs.digest([data.train.labels, data.valid.labels]),
             "model": str({name: list(t.shape) for name, t in model.state_dict().items()}),
             "frozen": [name for name, p in model.named_parameters() if not p.requires_grad],
-            "masks": _runs.digest(masks.masks_of(model).values()),
+            "masks": runs.digest(masks.masks_of(model).values()),
         }
         if checkpoint.exists():
-            history = History(_runs.resume(checkpoint, settings, model, optimiser, where))
+            history = History(runs.resume(checkpoint, settings, model, optimiser, where))
         group.wait()
     group.share(model)
 
@@ -269,7 +269,7 @@ def fit(
         leave=False,
         disable=not (progress and group.rank == 0 and sys.stderr and sys.stderr.isatty()),
     )
-    with bar, _runs.mode(model, training=True):
+    with bar, runs.mode(model, training=True):
         for epoch in range(done + 1, epochs + 1):
             start = time.perf_counter()
             batches = data.batches(
@@ -277,12 +277,12 @@ def fit(
                 batch_size,
                 shuffle=True,
                 augment=augment,
-                seed=_runs.derive(seed, epoch),
+                seed=runs.derive(seed, epoch),
                 device=where,
             )
             losses, hits = torch.zeros(2, steps, device=where)
             sizes: list[int] = []
-            with _runs.seeded(_runs.derive(seed, epoch, group.rank), where):
+            with runs.seeded(runs.derive(seed, epoch, group.rank), where):
                 for step, (images, labels) in enumerate(itertools.islice(batches, steps)):
                     sizes.append(len(labels))
                     rate = lr * factor(((epoch - 1) * steps + step) / (epochs * steps))
@@ -317,7 +317,7 @@ def fit(
             )
             bar.set_postfix(valid=f"{valid.accuracy:.1%}")
             if checkpoint is not None and group.rank == 0:
-                _runs.save(checkpoint, settings, history, model, optimiser)
+                runs.save(checkpoint, settings, history, model, optimiser)
     optimiser.zero_grad()
     group.wait()
     return history

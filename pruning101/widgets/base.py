@@ -42,7 +42,7 @@ def explore(
                 f"the control {name!r} has no description; give it one that says what it moves"
             )
         control.style.description_width = "initial"
-        control.layout.width = "min(32em, 95%)"
+        control.layout.width = "min(42em, 95%)"
     image = ipywidgets.Image(
         format="png", layout=ipywidgets.Layout(max_width="100%", width="660px")
     )
