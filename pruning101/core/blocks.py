@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pruning101.core.tracing import (
     Example,
     Tracer,
+    hooked,
     model_inputs,
     plain_attention,
     undisturbed,
@@ -163,7 +164,6 @@ class _BlockTrace(Tracer):
     @contextmanager
     def watching(self, modules: dict[str, nn.Module]) -> Iterator[None]:
         """Take note of every call of these modules inside the block."""
-        handles: list[Any] = []
         running: list[_Visit] = []
 
         def enter(name: str) -> Any:
@@ -205,13 +205,5 @@ class _BlockTrace(Tracer):
                     # Taken out, the block gives what it got: pooled features stay pooled.
                     self.mark_pooled(output, visit.pooled)
 
-        try:
-            for name, module in modules.items():
-                handles.append(
-                    module.register_forward_pre_hook(enter(name), prepend=True, with_kwargs=True)
-                )
-                handles.append(module.register_forward_hook(leave))
+        with hooked(modules, enter, leave):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()

@@ -18,7 +18,7 @@ from pruning101.core.blocks import (
     why_not_removable,
 )
 from pruning101.core.channels import ChannelGroup, Member, channel_groups, remove_channels
-from pruning101.core.tracing import Example, Tracer, model_inputs, tensors_in, undisturbed
+from pruning101.core.tracing import Example, Tracer, hooked, model_inputs, tensors_in, undisturbed
 
 __all__ = [
     "ChannelGroup",
@@ -210,7 +210,6 @@ class _ChainTrace(Tracer):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Take note of every call of a leaf module inside the block."""
-        handles: list[Any] = []
 
         def enter(name: str) -> Any:
             def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -245,13 +244,5 @@ class _ChainTrace(Tracer):
                 self.origin[self.key(tensor)] = call
             return output
 
-        try:
-            for name, module in self.leaves.items():
-                handles.append(
-                    module.register_forward_pre_hook(enter(name), prepend=True, with_kwargs=True)
-                )
-                handles.append(module.register_forward_hook(leave))
+        with hooked(self.leaves, enter, leave):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()

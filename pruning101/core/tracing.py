@@ -4,7 +4,7 @@ What :mod:`measure` and :mod:`structure` stand on. Nothing here knows the name o
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -85,6 +85,24 @@ def plain_attention() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+@contextmanager
+def hooked(
+    modules: dict[str, nn.Module], enter: Callable[[str], Any], leave: Callable[..., Any]
+) -> Iterator[None]:
+    """Run the hook ``enter(name)`` before, and ``leave`` after, every call of the modules."""
+    handles: list[Any] = []
+    try:
+        for name, module in modules.items():
+            handles.append(
+                module.register_forward_pre_hook(enter(name), prepend=True, with_kwargs=True)
+            )
+            handles.append(module.register_forward_hook(leave))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def is_mask(module: nn.Module, buffer: str) -> bool:
