@@ -1,14 +1,15 @@
 """Han et al. 2015 on MNIST: LeNet-300-100 and LeNet-5 at 12x fewer weights, beside dense ones.
 
     python benchmarks/han2015_mnist.py --net lenet_300_100 --seeds 0 1 2 3 4
-    python benchmarks/han2015_mnist.py --net lenet5 --seeds 0 1 2
+    python benchmarks/han2015_mnist.py --net lenet5 --seeds 0 1 2 3
 
 Each seed trains a dense reference, prunes it in rounds with retraining, and trains the dense
 reference on for just as many epochs (the control: did pruning help, or only training longer?).
 Rate, schedule and L2 strength are the same for all three, the strength that of Caffe's LeNet
 solver. Rounds, densities and the batch size of retraining were chosen on `valid` of seed 100, which
-is not among the seeds reported; nothing is chosen on `test`. A run that was cut off goes on
-where it was.
+is not among the seeds reported. For LeNet-5 this took three tries (`also_tried`), and the test
+errors of seeds 0 and 1 under the first two were known when the recipe was changed: seeds 2 and 3
+are free of that. A run that was cut off goes on where it was.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from pruning101.core.steps import History
 from pruning101.core.training import evaluate, fit
 
 # Densities of LeNet-300-100 are the paper's (its Table 3). LeNet-5 keeps more of its convolutions
-# and less of fc1 than in Table 4, which came out better on valid. All biases stay, and count.
+# and less of fc1, its widest layer, than in Table 4. All biases stay, and count.
 RECIPES: dict[str, dict[str, Any]] = {
     "lenet_300_100": {
         "strength": 5e-4,
@@ -48,21 +49,29 @@ RECIPES: dict[str, dict[str, Any]] = {
         "precision": "bfloat16",
         "dense": {"epochs": 10, "batch_size": 128},
         "rounds": 2,
-        "retrain": {"epochs": 8, "batch_size": 128},
+        "retrain": {"epochs": 8, "batch_size": 64},
         "density": {"conv1": 0.8, "conv2": 0.2, "fc1": 0.07, "fc2": 0.25},
     },
 }
-# What was tried first and given up, because it was worse than dense on valid; its test errors too.
+# What was tried before and given up: errors in %, by seed.
 ALSO_TRIED = {
     "lenet5": [
         {
-            "seed": 0,
             "rounds": 4,
             "retrain": {"epochs": 4, "batch_size": 128},
             "density": {"conv1": 0.66, "conv2": 0.12, "fc1": 0.077, "fc2": 0.19},
-            "valid_error": {"dense": 0.92, "pruned": 1.00, "control": 0.95},
-            "test_error": {"dense": 0.66, "pruned": 0.70, "control": 0.65},
-        }
+            "pruned_valid_error": {"0": 1.00},
+            "pruned_test_error": {"0": 0.70},
+            "dense_test_error": {"0": 0.66},
+        },
+        {
+            "rounds": 2,
+            "retrain": {"epochs": 8, "batch_size": 128},
+            "density": {"conv1": 0.8, "conv2": 0.2, "fc1": 0.07, "fc2": 0.25},
+            "pruned_valid_error": {"0": 0.87, "1": 0.93},
+            "pruned_test_error": {"0": 0.70, "1": 0.68},
+            "dense_test_error": {"0": 0.66, "1": 0.65},
+        },
     ]
 }
 PAPER = {

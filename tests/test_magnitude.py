@@ -647,7 +647,7 @@ def test_lenet5_pruned_hard_becomes_smaller_and_stays_the_same():
 @pytest.fixture(scope="module")
 def widget_state(trained, digits):
     before = state(trained)
-    prepared = widget.prepare(trained, digits, qualities=(0.0, 0.5, 1.0, 2.0, 3.0))
+    prepared = widget.precompute(trained, digits, qualities=(0.0, 0.5, 1.0, 2.0, 3.0))
     assert all(torch.equal(before[k], v) for k, v in trained.state_dict().items())
     return prepared
 
@@ -686,7 +686,7 @@ def test_every_setting_of_the_widget_draws_and_says_what_it_shows(widget_state):
 
 def test_the_widget_has_one_slider_that_says_what_it_moves(widget_state):
     ipywidgets = pytest.importorskip("ipywidgets")
-    box = widget.widget(widget_state)
+    box = widget.show(widget_state)
     sliders = [c for c in box.children if isinstance(c, ipywidgets.FloatSlider)]
     assert len(sliders) == 1
     assert "threshold" in sliders[0].description

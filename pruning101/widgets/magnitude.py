@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import ipywidgets
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
@@ -14,6 +15,7 @@ from pruning101 import magnitude
 from pruning101.core import masks, plots, structure
 from pruning101.core.data import Dataset
 from pruning101.core.training import evaluate
+from pruning101.widgets import base
 
 ALL = "all layers"
 _BINS = 61
@@ -21,7 +23,7 @@ _BINS = 61
 
 @dataclass(frozen=True)
 class State:
-    """All that the widget shows, computed before: see :func:`prepare`.
+    """All that the widget shows, computed before: see :func:`precompute`.
 
     ``qualities`` is the slider's grid, in standard deviations. For each layer, and for all of them
     at once, ``sparsity`` and ``accuracy`` (in [0, 1], on ``valid``) have one value a grid point.
@@ -34,7 +36,7 @@ class State:
     accuracy: dict[str, np.ndarray]
 
 
-def prepare(
+def precompute(
     model: nn.Module,
     data: Dataset,
     *,
@@ -127,26 +129,28 @@ def describe(state: State, *, layer: str = ALL, quality: float = 1.0) -> str:
     )
 
 
-def widget(state: State) -> Any:
-    """Return the interactive widget: a slider for the threshold, a dropdown for the layer."""
-    import ipywidgets
-
-    from pruning101.widgets.base import explore
-
+def controls(state: State) -> dict[str, ipywidgets.ValueWidget]:
+    """Return the controls, by the names of the settings that they move."""
     grid = state.qualities
-    return explore(
-        lambda **setting: draw(state, **setting),
-        lambda **setting: describe(state, **setting),
-        quality=ipywidgets.FloatSlider(
+    return {
+        "quality": ipywidgets.FloatSlider(
             description="threshold (standard deviations)",
             min=float(grid[0]),
             max=float(grid[-1]),
             step=float(grid[1] - grid[0]),
             value=float(grid[len(grid) // 3]),
             readout_format=".3f",
-            continuous_update=True,
         ),
-        layer=ipywidgets.Dropdown(description="layer", options=[ALL, *state.weights], value=ALL),
+        "layer": ipywidgets.Dropdown(description="layer", options=[ALL, *state.weights], value=ALL),
+    }
+
+
+def show(state: State) -> ipywidgets.VBox:
+    """Bind the controls to the figure."""
+    return base.explore(
+        lambda **settings: draw(state, **settings),
+        lambda **settings: describe(state, **settings),
+        **controls(state),
     )
 
 

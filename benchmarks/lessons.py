@@ -1,0 +1,84 @@
+"""Seconds that each quick notebook takes, and that its widget takes to answer.
+
+    python benchmarks/lessons.py
+
+Goals: 90 seconds a notebook on two cores, 0.2 seconds an answer. Every value of every control is
+set once, as a learner's hand would; an answer is the new figure and the new sentence.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import ipywidgets
+import torch
+from common import write
+from matplotlib import pyplot as plt
+from torch import nn
+
+from pruning101.core import data, models, plots
+from pruning101.course import build, execute, material
+from pruning101.widgets import magnitude, optimal_brain_damage, skeletonization
+
+
+def skeletonization_widget() -> ipywidgets.VBox:
+    return skeletonization.show(skeletonization.precompute(*skeletonization.toy()))
+
+
+def optimal_brain_damage_widget() -> ipywidgets.VBox:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 34), nn.Tanh(), nn.Linear(34, 10))
+    state = optimal_brain_damage.precompute(model, data.load("digits"))
+    return optimal_brain_damage.show(state)
+
+
+def magnitude_widget() -> ipywidgets.VBox:
+    model = models.build("lenet_300_100", in_channels=1, image_size=8)
+    return magnitude.show(magnitude.precompute(model, data.load("digits")))
+
+
+WIDGETS: dict[str, Callable[[], ipywidgets.VBox]] = {
+    "skeletonization": skeletonization_widget,
+    "optimal_brain_damage": optimal_brain_damage_widget,
+    "magnitude": magnitude_widget,
+}
+
+
+def answers(box: ipywidgets.VBox) -> list[float]:
+    """Seconds of each answer, over all values of all controls."""
+    seconds = []
+    for control in box.children[:-2]:  # the last two are the sentence and the picture
+        if isinstance(control, ipywidgets.Dropdown):
+            values = list(control.options)
+        else:
+            steps = round((control.max - control.min) / control.step)
+            values = [control.min + i * control.step for i in range(steps + 1)]
+        for value in values:
+            start = time.perf_counter()
+            control.value = value
+            seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def main() -> None:
+    torch.set_num_threads(1)  # as the lessons do
+    plots.use_style()
+    plt.switch_backend("agg")
+    found = {}
+    for lesson in material.lessons():
+        notebook = build.pair(lesson.source.read_text(), lesson)
+        with tempfile.TemporaryDirectory() as folder:
+            seconds = execute.execute(notebook, folder=Path(folder), label=lesson.name)
+        times = answers(WIDGETS[lesson.name.removeprefix(f"{lesson.number}_")]())
+        found[lesson.name] = {
+            "notebook_seconds": seconds,
+            "answers": len(times),
+            "answer_seconds": {"median": statistics.median(times), "max": max(times)},
+        }
+    goals = {"notebook_seconds": 90, "answer_seconds": 0.2}
+    write("lessons", {"goals": goals, "lessons": found})
+
+
+if __name__ == "__main__":
+    main()
