@@ -1,5 +1,7 @@
 """The common base of the widgets: every control reaches the drawing, and errors are seen."""
 
+import gc
+
 import ipywidgets
 import pytest
 from matplotlib import pyplot as plt
@@ -45,6 +47,14 @@ def test_an_error_while_drawing_is_shown():
     with pytest.raises(ZeroDivisionError):
         control.value = 0
     assert "could not be drawn" in box.children[-2].value
+
+
+def test_the_garbage_collector_goes_on_afterwards():
+    control = slider()
+    base.explore(lambda height: draw(1 // height), height=control)
+    with pytest.raises(ZeroDivisionError):
+        control.value = 0
+    assert gc.isenabled()
 
 
 def test_a_control_without_description_is_refused():
