@@ -250,7 +250,7 @@ def prune_iteratively(
     """Prune and retrain in ``rounds``, yielding a ``Step`` after each (Han et al. 2015, section 3).
 
     ``model`` is a trained network, masked or not, and is left alone. How much goes is said in one
-    of two ways:
+    of two ways (by default, a ``sparsity`` of 0.9):
 
     - ``sparsity``, the share of weights gone at the end, for all layers (``scope`` says whether
       they compete) or one a layer by name (layers left out stay whole). Every round removes the
@@ -266,12 +266,14 @@ def prune_iteratively(
     ``Step.removed`` is the number of weights that the round removed.
 
     Raises:
-        ValueError: not exactly one of sparsity and quality, values out of range, unknown layers,
+        ValueError: both sparsity and quality given, values out of range, unknown layers,
             or a history begun with other settings.
     """
     layers = structure.prunable(model)
-    if (sparsity is None) == (quality is None):
-        raise ValueError("give either sparsity or quality, and not both")
+    if sparsity is None and quality is None:
+        sparsity = 0.9
+    if sparsity is not None and quality is not None:
+        raise ValueError("sparsity and quality both say how much goes; give only one of them")
     if rounds < 1 or epochs < 0:
         raise ValueError(f"rounds must be at least 1 and epochs at least 0, got {rounds}, {epochs}")
     if penalty not in ("l1", "l2", None):

@@ -368,7 +368,6 @@ def test_a_run_cut_off_goes_on_to_the_same_weights(trained, digits, tmp_path, do
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {"sparsity": 0.5, "quality": 1.0},
         {"sparsity": 1.2},
         {"sparsity": {"1": -0.5}},
@@ -382,6 +381,12 @@ def test_a_run_cut_off_goes_on_to_the_same_weights(trained, digits, tmp_path, do
 def test_bad_settings_are_refused_before_any_work(digits, options):
     with pytest.raises(ValueError):  # noqa: PT011 - one of many sentences
         magnitude.prune_iteratively(mlp(64, 4, 10), digits, **options)
+
+
+def test_nine_tenths_go_where_nothing_is_said(digits):
+    *_, last = magnitude.prune_iteratively(mlp(64, 4, 10), digits, rounds=2, epochs=0)
+    # two layers of 256 and 40 weights, each cut to a tenth
+    assert masks.sparsity(last.model) == pytest.approx((230 + 36) / 296)
 
 
 @pytest.mark.parametrize("kind", ["l1", "l2"])

@@ -4,6 +4,7 @@ course.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -143,3 +144,11 @@ def test_lab_from_the_wheel_copies_the_notebooks_here(clean, tmp_path):
         for p in (ROOT / "notebooks").rglob("*.ipynb")
         if ".ipynb_checkpoints" not in p.parts
     }
+
+
+def test_the_example_of_the_readme_runs(capsys):
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    exec(example, {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4  # one a round
+    assert all(float(line.split()[1]) > 0.9 for line in lines)
