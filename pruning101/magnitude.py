@@ -17,26 +17,13 @@ from torch import BoolTensor, Tensor, nn
 
 from pruning101.core import masks, structure
 from pruning101.core.data import Dataset
-from pruning101.core.dead_units import DeadUnits, remove_dead_units
+from pruning101.core.dead_units import DeadUnits as DeadUnits  # both are this topic's, too
+from pruning101.core.dead_units import remove_dead_units as remove_dead_units
 from pruning101.core.steps import History, Step, measured
 from pruning101.core.training import evaluate, fit
 
 if TYPE_CHECKING:
     import pandas
-
-__all__ = [
-    "DeadUnits",
-    "Scan",
-    "dropout_rate",
-    "gaussian_sparsity",
-    "masks_by_std",
-    "prune_iteratively",
-    "remove_dead_units",
-    "scores",
-    "sensitivity_scan",
-    "sparsities_from_scan",
-    "weight_penalty",
-]
 
 PerLayer = float | Mapping[str, float]
 
