@@ -121,7 +121,7 @@ def histogram(
         ax.stairs(kept, edges, fill=True, color=KEPT, label="kept")
         for edge in (-threshold, threshold):
             ax.axvline(edge, color=PALETTE[1], linestyle="--", linewidth=1)
-        ax.legend()
+        ax.legend(loc="upper right")  # where tails are thin
     ax.set(xlabel=xlabel, ylabel="number of weights")
     if title:
         ax.set_title(title)
