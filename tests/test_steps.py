@@ -63,7 +63,7 @@ def test_a_write_that_fails_leaves_the_history_as_it_was(tmp_path, monkeypatch):
         history.append(step(2, nn.Linear(2, 2)))
     assert len(history) == 1
     assert len(steps.History.load(tmp_path)) == 1
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*part*"))
 
 
 def test_other_settings_are_refused(tmp_path):

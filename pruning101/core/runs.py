@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning101.core import masks
+from pruning101.core.files import written_whole
 from pruning101.core.steps import Epoch
 
 
@@ -202,8 +203,7 @@ def save(
     optimiser: torch.optim.Optimizer,
 ) -> None:
     """Write a checkpoint; `path` is the old file until the new one is whole."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with written_whole(path) as part:
         torch.save(
             {
                 "settings": settings,
@@ -211,11 +211,8 @@ def save(
                 "model": model.state_dict(),
                 "optimizer": optimiser.state_dict(),
             },
-            beside,
+            part,
         )
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def check_place(path: Path) -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from pruning101.core import masks
+from pruning101.core.files import written_whole
 from pruning101.core.measure import Footprint, footprint
 
 if TYPE_CHECKING:
@@ -228,12 +228,8 @@ def _row(record: Record) -> dict[str, Any]:
 
 
 def _replace(path: Path, content: Any) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
+    with written_whole(path) as part:
         if isinstance(content, nn.Module):
-            torch.save(content, partial)
+            torch.save(content, part)
         else:
-            partial.write_text(json.dumps(content, indent=1))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+            part.write_text(json.dumps(content, indent=1))

@@ -11,6 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..core.files import written_whole
+
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 
@@ -113,9 +115,5 @@ def _where(label: str, cell: Any) -> str:
 def write(path: Path, text: str) -> None:
     """Write `text` to `path`: wholly, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with written_whole(path) as part:
         part.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ import urllib.request
 import webbrowser
 from pathlib import Path
 
+from ..core.files import written_whole
 from .material import material
 
 COPY = "pruning101-notebooks"
@@ -88,9 +89,8 @@ def copy_notebooks(source: Path, target: Path) -> Path:
         if ".ipynb_checkpoints" in path.parts or copy.exists():
             continue
         copy.parent.mkdir(parents=True, exist_ok=True)
-        part = copy.with_name(f".{copy.name}.{os.getpid()}.part")
-        shutil.copyfile(path, part)
-        os.replace(part, copy)
+        with written_whole(copy) as part:
+            shutil.copyfile(path, part)
     return target
 
 
