@@ -55,7 +55,8 @@ def test_a_write_that_fails_leaves_the_history_as_it_was(tmp_path, monkeypatch):
     history = steps.History.resume(tmp_path)
     history.append(step(1, nn.Linear(2, 2)))
 
-    def full(*_args, **_kwargs):
+    def full(_model, path):
+        path.write_bytes(b"half")
         raise OSError("no space left on device")
 
     monkeypatch.setattr(torch, "save", full)
