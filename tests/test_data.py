@@ -293,6 +293,8 @@ def test_unknown_name_gives_the_nearest(name, near):
 
 def test_wrong_arguments():
     digits = data.load("digits")
+    with pytest.raises(TypeError, match=r"name must be .* not None"):
+        data.load(None)
     for call, match in (
         (lambda: data.load("digits", channels=2), "channels must be 1"),
         (lambda: data.load("digits", image_size=0), "image_size must be at least 1"),

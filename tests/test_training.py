@@ -471,6 +471,18 @@ def test_bad_settings_are_refused_before_any_work(data, settings, words, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("penalty", "words"),
+    [(lambda m: m.fc1.weight, r"not one of shape \[24, 64\]"), (lambda m: None, "not None")],
+)
+def test_a_penalty_that_is_no_number_is_refused_before_the_first_step(data, penalty, words):
+    model = net()
+    before = state(model)
+    with pytest.raises(ValueError, match=words):
+        fit(model, data, epochs=1, lr=0.1, penalty=penalty)
+    assert same(before, state(model))
+
+
 def test_data_and_model_that_do_not_fit_are_refused(data):
     empty = Split(data.train.images[:0], data.train.labels[:0])
     with pytest.raises(ValueError, match=r"outputs of shape \[2, 7\], but 'digits' has 10 classes"):
@@ -483,6 +495,8 @@ def test_data_and_model_that_do_not_fit_are_refused(data):
     for wrong in ({}, {"teacher": colour}):
         with pytest.raises(ValueError, match=r"does not take images of 1 x 8 x 8.*in_channels=1"):
             fit(net() if wrong else colour, data, epochs=1, lr=0.1, **wrong)
+        with pytest.raises(ValueError, match=r"does not take images of 1 x 8 x 8.*in_channels=1"):
+            evaluate(colour, data)
     for name in ("train", "valid"):
         with pytest.raises(ValueError, match=f"{name} split of 'digits' is empty"):
             fit(net(), dataclasses.replace(data, **{name: empty}), epochs=1, lr=0.1)

@@ -203,6 +203,8 @@ def load(
         OSError: nothing there and no way to fetch it: no network (ConnectionError), no such path
             (FileNotFoundError), no write permission (PermissionError), disk full.
     """
+    if not isinstance(name, str):
+        raise TypeError(f'name must be that of a data set, as "digits", not {name!r}.')
     if channels not in (None, 1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {channels}.")
     if image_size is not None and (not isinstance(image_size, Integral) or image_size < 1):

@@ -80,8 +80,8 @@ def evaluate(
     Runs in evaluation mode and float32 where the model is, or on a copy on `device`.
 
     Raises:
-        ValueError: unknown split or loss, an empty split, or a model that has not one output a
-            class.
+        ValueError: unknown split or loss, an empty split, or a model that does not take these
+            images or has not one output a class.
     """
     loss_function = _loss(loss)
     _known("split", split, ("train", "valid", "test"))
@@ -97,9 +97,12 @@ def evaluate(
     dtype = runs.dtype_of(model)
     with runs.mode(model, training=False), torch.no_grad():
         for images, labels in data.batches(split, batch_size, device=where):
-            outputs = model(images.to(dtype))
-            if not losses and isinstance(loss, str):
-                _check_outputs(outputs, data)
+            if losses:
+                outputs = model(images.to(dtype))
+            else:
+                outputs = runs.trial("model", model, images.to(dtype))
+                if isinstance(loss, str):
+                    _check_outputs(outputs, data)
             losses.append(loss_function(outputs, labels) * (len(labels) / n))
             hits.append(_hits(outputs, labels))
     masks.refresh(model)  # the effective weights carry a gradient again
@@ -256,7 +259,7 @@ def fit(
                 objective = (1 - teacher_weight) * objective + teacher_weight * lesson
             objective = share * objective
             if penalty is not None:
-                objective = objective + penalty(model) / group.size
+                objective = objective + _scalar(penalty(model)) / group.size
         return objective, _hits(outputs.detach(), labels)
 
     check_every = 1 if where.type == "cpu" else 50  # reading a number makes an accelerator wait
@@ -321,6 +324,13 @@ def fit(
     optimiser.zero_grad()
     group.wait()
     return history
+
+
+def _scalar(value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        given = f"one of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"penalty(model) must give a tensor of one number, not {given}.")
+    return value.reshape(())
 
 
 def _known(what: str, name: str, names: Iterable[str]) -> str:
