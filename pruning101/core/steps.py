@@ -1,8 +1,10 @@
 """What a recipe yields after each removal, and the history that saves and resumes it."""
 
 import dataclasses
+import importlib
 import json
 import math
+import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +58,6 @@ class Epoch:
 
 
 Record = Step | Epoch
-KINDS: dict[str, type] = {"Step": Step, "Epoch": Epoch}
 INDEX_FILE = "history.json"
 
 
@@ -64,8 +65,10 @@ class History:
     """A sequence of ``Step`` or ``Epoch`` records that can live in a folder and be resumed from it.
 
     With a ``path`` every appended record is on disk before ``append`` returns: numbers in
-    ``history.json``, each step's model in a file of its own. A file is written beside its place and
-    then moved there, so an interruption leaves the history as it was after the record before.
+    ``history.json``, each step's model in a file of its own. A topic may add fields to ``Step`` in
+    a subclass (a dataclass, too): each network among them gets a file of its own. A file is written
+    beside its place and then moved there, so an interruption leaves the history as it was after the
+    record before.
 
     The models are pickled whole, because surgery changes their shape: load only histories that you,
     or someone you trust, wrote.
@@ -132,9 +135,9 @@ class History:
     def _write(self, folder: Path, with_models_of: Iterable[Record]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for record in with_models_of:
-            if isinstance(record, Step) and record.model is not None:
-                _replace(folder / _model_file(record.index), record.model)
-        rows = [{"kind": type(record).__name__, **_row(record)} for record in self._records]
+            for name, network in _networks(record).items():
+                _replace(folder / _file(record.index, name), network)
+        rows = [{"kind": _kind(type(record)), **_row(record)} for record in self._records]
         _replace(folder / INDEX_FILE, {"settings": self.settings, "records": rows})
 
     @classmethod
@@ -157,14 +160,19 @@ class History:
         try:
             content = json.loads(index.read_text())
             for row in content["records"]:
-                kind = KINDS[row.pop("kind")]
-                if kind is Step:
+                kind = _class_of(row.pop("kind"))
+                if "footprint" in row:
                     row["footprint"] = Footprint(**row["footprint"])
-                    file = folder / _model_file(row["index"])
+                for f in dataclasses.fields(kind):
+                    if f.name in row:
+                        if typing.get_origin(f.type) is tuple:
+                            row[f.name] = tuple(row[f.name])
+                        continue
                     # whole modules: the class and shapes of a pruned network are in no state dict
-                    row["model"] = None
+                    file = folder / _file(row["index"], f.name)
+                    row[f.name] = None
                     if file.exists():
-                        row["model"] = torch.load(file, where, weights_only=False)
+                        row[f.name] = torch.load(file, where, weights_only=False)
                 history._records.append(kind(**row))
             history.settings = content["settings"]
         except Exception as error:  # what unpickling raises on garbage has no bounds
@@ -215,13 +223,30 @@ def measured(
     )
 
 
-def _model_file(index: int) -> str:
-    return f"step-{index:04d}.pt"
+def _file(index: int, name: str) -> str:
+    return f"step-{index:04d}.pt" if name == "model" else f"step-{index:04d}-{name}.pt"
+
+
+def _kind(cls: type) -> str:
+    return cls.__name__ if cls.__module__ == __name__ else f"{cls.__module__}:{cls.__name__}"
+
+
+def _class_of(kind: str) -> type:
+    module, _, name = kind.rpartition(":")
+    cls = getattr(importlib.import_module(module or __name__), name)
+    if not issubclass(cls, Record):
+        raise TypeError(f"{kind} is no kind of record")
+    return cls
+
+
+def _networks(record: Record) -> dict[str, nn.Module]:
+    return {name: value for name, value in vars(record).items() if isinstance(value, nn.Module)}
 
 
 def _row(record: Record) -> dict[str, Any]:
     row = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-    row.pop("model", None)
+    for name in {"model", *_networks(record)}:
+        row.pop(name, None)
     if "footprint" in row:
         row["footprint"] = dataclasses.asdict(row["footprint"])
     return row
