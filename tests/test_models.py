@@ -44,6 +44,7 @@ def small(name, **options):
         ("conv6", 2_262_602),  # the paper prints 1.7 M, which its own layers do not give
         ("resnet18", 11_173_962),
         ("resnet20", 272_474),  # with option A: 269,722
+        ("resnet32", 466_906),  # with option A: 464,154
         ("resnet56", 855_770),
         ("vgg11_bn", 9_231_114),
         ("vgg16_bn", 14_728_266),
@@ -60,6 +61,7 @@ def test_parameters_of_the_papers(name, count):
         ("resnet18", 140.19),
         ("mobilenet_v2", 87.98),
         ("resnet20", 40.81),
+        ("resnet32", 69.12),
         ("resnet56", 125.75),
         ("vgg16_bn", 313.20),
     ],

@@ -345,6 +345,7 @@ _ZOO: dict[str, tuple[Callable[[int, int, int], nn.Module], int]] = {
     "conv6": (partial(_conv_n, 3), 8),
     "resnet18": (_resnet18, 8),
     "resnet20": (partial(_resnet_cifar, 3), 4),
+    "resnet32": (partial(_resnet_cifar, 5), 4),
     "resnet56": (partial(_resnet_cifar, 9), 4),
     "vgg11_bn": (partial(_vgg, 11), 32),
     "vgg16_bn": (partial(_vgg, 16), 32),
