@@ -10,7 +10,7 @@ on training no longer depends on the order of the data.
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -22,113 +22,18 @@ from pruning101 import magnitude
 from pruning101.core import masks, runs, structure
 from pruning101.core.data import Dataset
 from pruning101.core.steps import History, Step, measured
-from pruning101.core.training import evaluate, fit
+from pruning101.core.trajectories import Instability as Instability  # all these are this topic's
+from pruning101.core.trajectories import Run, train
+from pruning101.core.trajectories import instability as instability
+from pruning101.core.trajectories import interpolate as interpolate
+from pruning101.pruning_at_initialisation import grasp as grasp
+from pruning101.pruning_at_initialisation import prune_at_initialisation as prune_at_initialisation
+from pruning101.pruning_at_initialisation import snip as snip
+from pruning101.pruning_at_initialisation import synflow as synflow
 
 Initialise = Callable[..., Any]  # (model, *, seed): draws the weights in place
 Scope = Literal["layer", "global"]
 Rate = float | Mapping[str, float]
-
-# --- one training, watched ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training: ``model`` as trained, and what was measured on the way.
-
-    ``valid_loss[i]`` and the accuracies (in [0, 1]) were measured after ``iterations[i]`` steps of
-    the optimiser; 0 and the last step are among them.
-    """
-
-    model: nn.Module
-    iterations: tuple[int, ...]
-    valid_loss: tuple[float, ...]
-    valid_accuracy: tuple[float, ...]
-    test_accuracy: tuple[float, ...]
-
-    @property
-    def early_stop(self) -> int:
-        """The iteration of the least loss on ``valid``, the first if there are several."""
-        return self.iterations[_least(self.valid_loss)]
-
-    @property
-    def accuracy_at_early_stop(self) -> float:
-        """Accuracy on ``test`` at :attr:`early_stop`: reported, never decided on."""
-        return self.test_accuracy[_least(self.valid_loss)]
-
-
-def _least(values: Sequence[float]) -> int:
-    return min(range(len(values)), key=lambda i: values[i])
-
-
-class _Enough(Exception):
-    """Raised inside the last epoch, when all iterations are done."""
-
-
-def train(
-    model: nn.Module,
-    data: Dataset,
-    *,
-    iterations: int,
-    optimizer: str = "adam",
-    lr: float = 1.2e-3,
-    batch_size: int = 60,
-    evaluate_every: int = 100,
-    seed: int = 0,
-    options: Mapping[str, Any] | None = None,
-    progress: bool = True,
-) -> Run:
-    """Train a copy of ``model`` for so many steps of the optimiser, measuring it on the way.
-
-    Masked weights stay at zero. ``training.fit`` does the training, and ``options`` holds further
-    arguments of it; the same ``seed`` gives the same order of the data, whatever ``iterations`` and
-    ``evaluate_every`` are. The defaults are the paper's for LeNet-300-100.
-
-    Raises:
-        ValueError: iterations below 0, evaluate_every below 1, or what ``fit`` refuses.
-    """
-    for name, value, least in (
-        ("iterations", iterations, 0),
-        ("evaluate_every", evaluate_every, 1),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number, {least} or more, not {value!r}")
-    work = masks.clone(model)
-    points: list[tuple[int, float, float, float]] = []
-    done = 0
-
-    def look() -> None:
-        valid = evaluate(work, data, "valid")
-        test = evaluate(work, data, "test")
-        points.append((done, valid.loss, valid.accuracy, test.accuracy))
-
-    def watch(_model: nn.Module) -> None:
-        nonlocal done
-        done += 1
-        if done % evaluate_every == 0 or done == iterations:
-            look()
-        if done == iterations:
-            raise _Enough
-
-    look()
-    if iterations:
-        # fit counts epochs: give it one more than are full, and leave when the count is reached.
-        epochs = math.ceil(iterations / max(1, len(data.train) // batch_size))
-        try:
-            fit(
-                work,
-                data,
-                epochs=epochs,
-                lr=lr,
-                optimizer=optimizer,
-                batch_size=batch_size,
-                after_step=watch,
-                seed=seed,
-                **{"progress": progress, **(options or {})},
-            )
-        except _Enough:
-            work.zero_grad()
-    return Run(work, *cast(Any, zip(*points, strict=True)))
-
 
 # --- the search --------------------------------------------------------------------------------
 
@@ -138,10 +43,11 @@ class Ticket(Step):
     """One round of :func:`find_ticket`; ``index`` 0 is the dense network, of which nothing went.
 
     ``model`` is trained to the end, and ``accuracy``, ``loss`` and ``test_accuracy`` are its own.
-    ``ticket`` is what it was trained from: its masks over the weights of iteration ``rewind_to``.
+    ``ticket`` holds its masks over the weights of iteration ``rewind_to``: what it was trained from
+    (but round 0, which began at iteration 0).
     ``density`` is the share of the weights (of convolutions and linear layers) still there, in
     [0, 1]; ``removed`` counts those that this round took. The curves are those of :class:`Run`,
-    ``test_curve`` its accuracy on ``test``; with ``rewind_to`` they begin at that iteration.
+    ``test_curve`` its accuracy on ``test``; iterations count from the beginning of round 0.
     """
 
     density: float = 1.0
@@ -152,14 +58,20 @@ class Ticket(Step):
     test_curve: tuple[float, ...] = ()
 
     @property
+    def run(self) -> Run:
+        """The training that made ``model``, as :func:`train` returns it."""
+        curves = self.iterations, self.valid_loss, self.valid_accuracy, self.test_curve
+        return Run(cast(nn.Module, self.model), *curves)
+
+    @property
     def early_stop(self) -> int:
         """The iteration of the least loss on ``valid``, the first if there are several."""
-        return self.iterations[_least(self.valid_loss)]
+        return self.run.early_stop
 
     @property
     def accuracy_at_early_stop(self) -> float:
         """Accuracy on ``test`` at :attr:`early_stop`: reported, never decided on."""
-        return self.test_curve[_least(self.valid_loss)]
+        return self.run.accuracy_at_early_stop
 
 
 def find_ticket(
@@ -234,30 +146,34 @@ def find_ticket(
     if last is not None and (last.model is None or last.ticket is None):
         raise ValueError("the history's last round has no network to go on from; start a new one")
 
-    def one_round(index: int) -> Ticket:
+    def one_round(index: int, last: Ticket | None) -> Ticket:
         start = time.perf_counter()
-        removed, first, settings_here = 0, 0, settings | {"progress": progress}
-        last = history.last
         if last is None:
-            origin = ticket = masks.clone(model)
+            first, removed, origin = 0, 0, masks.clone(model)
+            ticket = origin
             if rewind_to:
-                early = settings_here | {"iterations": rewind_to, "evaluate_every": rewind_to}
-                ticket = train(model, data, seed=seed, **early).model
+                early = {"iterations": rewind_to, "evaluate_every": rewind_to}
+                ticket = train(model, data, seed=seed, progress=progress, **settings | early).model
         else:
-            kept = masks_after_round(last.model, rates, scope=scope)
-            removed = _kept(last.ticket) - _count(kept.values())
+            kept = masks_after_round(cast(nn.Module, last.model), rates, scope=scope)
             # Under its masks a ticket still holds every weight of the iteration rewound to.
-            origin = ticket = masks.clone(last.ticket)
+            first, ticket = rewind_to, masks.clone(cast(nn.Module, last.ticket))
+            removed = _count(_kept(ticket).values()) - _count(kept.values())
             masks.apply(ticket, kept)
-            first = rewind_to
-            settings_here["iterations"] = iterations - first
-        round_seed = runs.derive(seed, index) if index else seed
-        run = train(origin, data, seed=round_seed, **settings_here)
+            origin = ticket
+        run = train(
+            origin,
+            data,
+            seed=runs.derive(seed, index) if index else seed,
+            progress=progress,
+            **settings | {"iterations": iterations - first},
+        )
         seconds = time.perf_counter() - start
         step = measured(index, removed, run.model, data, seconds=seconds)
+        there = _kept(ticket).values()
         return Ticket(
             **vars(step),
-            density=_kept(ticket) / _total(ticket),
+            density=_count(there) / sum(mask.numel() for mask in there),
             ticket=ticket,
             iterations=tuple(first + i for i in run.iterations),
             valid_loss=run.valid_loss,
@@ -272,7 +188,7 @@ def find_ticket(
         )
         with bar:
             for index in range(len(history), rounds + 1):
-                found = one_round(index)
+                found = one_round(index, history.last)
                 history.append(found)
                 bar.update()
                 bar.set_postfix(density=f"{found.density:.1%}", valid=f"{found.accuracy:.1%}")
@@ -295,30 +211,20 @@ def masks_after_round(
         ValueError: a rate outside [0, 1], an unknown layer or scope, or different global rates.
     """
     shares = _checked_rates(rates, structure.prunable(model))
-    present = masks.masks_of(model)
-    ranked: dict[str, Tensor] = {}
-    kept: dict[str, BoolTensor] = {}
-    for name, score in magnitude.scores(model).items():
-        kept[name] = present.get(name, cast(BoolTensor, torch.ones_like(score, dtype=torch.bool)))
-        ranked[name] = score.masked_fill(~kept[name], -math.inf)
-    names = [name for name in ranked if shares[name.removesuffix(".weight")] > 0]
-    if scope == "layer":
-        groups = [[name] for name in names]
-    elif scope == "global":
-        groups = [names] if names else []
-        if len({shares[name.removesuffix(".weight")] for name in names}) > 1:
-            raise ValueError(
-                'with scope="global" the layers compete for one rate, but several were given; '
-                'give one number, or use scope="layer"'
-            )
-    else:
-        raise ValueError(f'scope must be "layer" or "global", not {scope!r}')
+    kept = _kept(model)
+    # What is gone ranks below all that is left.
+    ranked = {n: s.masked_fill(~kept[n], -math.inf) for n, s in magnitude.scores(model).items()}
+    names = [f"{layer}.weight" for layer, share in shares.items() if share > 0]
+    if scope == "global" and len({shares[n.removesuffix(".weight")] for n in names}) > 1:
+        raise ValueError(
+            'with scope="global" the layers compete for one rate, but several were given; '
+            'give one number, or use scope="layer"'
+        )
     result = dict(kept)
-    for group in groups:
-        share = shares[group[0].removesuffix(".weight")]
-        total = sum(ranked[name].numel() for name in group)
+    for group in [names] if scope == "global" and names else [[name] for name in names]:
+        total = sum(kept[name].numel() for name in group)
         alive = _count(kept[name] for name in group)
-        gone = total - alive + round(share * alive)
+        gone = total - alive + round(shares[group[0].removesuffix(".weight")] * alive)
         result |= masks.from_scores({name: ranked[name] for name in group}, gone / total)
     return result
 
@@ -370,20 +276,15 @@ def _output_layer(model: nn.Module, data: Dataset) -> str:
     return called[-1]
 
 
-def _kept(model: nn.Module) -> int:
-    gone = sum(m.numel() - int(m.sum()) for n, m in masks.masks_of(model).items() if _is_weight(n))
-    return _total(model) - gone
+def _kept(model: nn.Module) -> dict[str, BoolTensor]:
+    """What no mask has removed yet, by name of the weight."""
+    present = masks.masks_of(model)
+    weights = {f"{n}.weight": m.weight for n, m in structure.prunable(model).items()}
+    whole = {n: torch.ones_like(cast(Tensor, w), dtype=torch.bool) for n, w in weights.items()}
+    return {name: present.get(name, cast(BoolTensor, mask)) for name, mask in whole.items()}
 
 
-def _is_weight(name: str) -> bool:
-    return name.endswith("weight")
-
-
-def _total(model: nn.Module) -> int:
-    return sum(cast(Tensor, layer.weight).numel() for layer in structure.prunable(model).values())
-
-
-def _count(kept: Any) -> int:
+def _count(kept: Iterable[Tensor]) -> int:
     return sum(int(mask.sum()) for mask in kept)
 
 
@@ -482,125 +383,3 @@ def _network(ticket: nn.Module | Ticket) -> nn.Module:
     if network is None:
         raise ValueError("this ticket holds no network; take one that find_ticket yielded")
     return masks.clone(network)
-
-
-# --- instability -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Instability:
-    """Error on the line between two trainings: ``errors[i]`` at ``alphas[i]``, shares in [0, 1]."""
-
-    alphas: tuple[float, ...]
-    errors: tuple[float, ...]
-
-    @property
-    def value(self) -> float:
-        """The barrier: the highest error less the mean of the two ends' (0 where stable)."""
-        return max(self.errors) - (self.errors[0] + self.errors[-1]) / 2
-
-
-def interpolate(
-    a: nn.Module,
-    b: nn.Module,
-    alphas: Sequence[float],
-    data: Dataset,
-    *,
-    split: str = "test",
-) -> list[float]:
-    """Return the error (in [0, 1]) of ``alpha * a + (1 - alpha) * b`` for each alpha.
-
-    Effective weights, biases and norms' weights are interpolated. The running statistics of batch
-    norms belong to neither end: at every alpha, the ends included, they are measured anew on the
-    first 100 batches of 128 train images (shuffled, always in the same order).
-
-    Raises:
-        ValueError: networks of different shapes.
-    """
-    work, *ends = (masks.clone(model) for model in (a, a, b))
-    for model in (work, *ends):
-        masks.make_permanent(model)
-    first, second = (dict(model.named_parameters()) for model in ends)
-    if {n: p.shape for n, p in first.items()} != {n: p.shape for n, p in second.items()}:
-        raise ValueError("only networks of the same layers and shapes can be interpolated")
-    errors = []
-    for alpha in alphas:
-        with torch.no_grad():
-            for name, parameter in work.named_parameters():
-                there = second[name].to(parameter.device)
-                parameter.copy_(alpha * first[name] + (1 - alpha) * there)
-        _measure_norms(work, data)
-        errors.append(1 - evaluate(work, data, split).accuracy)
-    return errors
-
-
-def _measure_norms(model: nn.Module, data: Dataset) -> None:
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    norms = [norm for norm in norms if norm.track_running_stats]
-    if not norms:
-        return
-    with runs.mode(model, training=False), torch.no_grad():
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the plain mean over the batches
-            norm.train()
-        batches = data.batches("train", 128, shuffle=True, device=runs.device_of(model))
-        for _, (images, _) in zip(range(100), batches, strict=False):
-            model(images.to(runs.dtype_of(model)))
-
-
-def instability(
-    model: nn.Module,
-    data: Dataset,
-    *,
-    rewind_to: int = 0,
-    iterations: int,
-    seeds: tuple[int, int] = (0, 1),
-    points: int = 11,
-    split: str = "test",
-    optimizer: str = "adam",
-    lr: float = 1.2e-3,
-    batch_size: int = 60,
-    seed: int = 0,
-    options: Mapping[str, Any] | None = None,
-    progress: bool = True,
-) -> Instability:
-    """Train twice from iteration ``rewind_to`` on, in two orders of the data, and interpolate.
-
-    ``model`` (masked or not) is trained to ``rewind_to`` once, in the order of ``seed``; the two
-    copies then go on to ``iterations`` and differ only in their order (and dropout or augmentation
-    if there are any), which follows from ``seeds``. ``points`` alphas lie evenly from 0 to 1.
-
-    Source: Frankle, Dziugaite, Roy and Carbin 2020, sections 2 and 3.
-
-    Raises:
-        ValueError: counts out of range, or two equal seeds.
-    """
-    if not 0 <= rewind_to < iterations or points < 3 or seeds[0] == seeds[1]:
-        raise ValueError(
-            "instability needs rewind_to < iterations, at least 3 points and two different seeds; "
-            f"got rewind_to={rewind_to!r}, iterations={iterations!r}, points={points!r}, "
-            f"seeds={seeds!r}"
-        )
-    settings: dict[str, Any] = {
-        "optimizer": optimizer,
-        "lr": lr,
-        "batch_size": batch_size,
-        "evaluate_every": iterations,
-        "options": options,
-        "progress": progress,
-    }
-    if rewind_to:
-        model = train(model, data, iterations=rewind_to, seed=seed, **settings).model
-    a, b = (
-        train(
-            model,
-            data,
-            iterations=iterations - rewind_to,
-            seed=runs.derive(seed, rewind_to, s),
-            **settings,
-        ).model
-        for s in seeds
-    )
-    alphas = tuple(i / (points - 1) for i in range(points))
-    return Instability(alphas, tuple(interpolate(a, b, alphas, data, split=split)))
