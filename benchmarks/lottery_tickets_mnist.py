@@ -2,7 +2,7 @@
 
     python benchmarks/lottery_tickets_mnist.py --seeds 0 1 2 3 4
 
-The setting is the paper's (Frankle and Carbin 2019, figure 2) but for three things: 10,000
+The setting is the paper's (Frankle and Carbin 2019, figure 2) but for three things: 6,000
 iterations in place of 50,000 (on tuning seed 100, which is not reported, the dense network has its
 least validation loss before 4,000), 6,000 validation images in place of 5,000, and pixels shifted
 and scaled to mean 0 and deviation 1. A run that was cut off goes on from what is in --folder.
@@ -27,7 +27,7 @@ from pruning101.core.steps import History
 from pruning101.lottery_tickets import Run, Ticket
 
 SETTING: dict[str, Any] = {
-    "iterations": 10_000,
+    "iterations": 6_000,
     "optimizer": "adam",
     "lr": 1.2e-3,
     "batch_size": 60,
@@ -35,9 +35,9 @@ SETTING: dict[str, Any] = {
 }
 RATE, OUTPUT_RATE = 0.2, 0.1
 # Rounds at which the same masks are trained from other weights, and how many draws of them.
-REINITIALISED = {3: 1, 7: 2, 9: 1}
+REINITIALISED = {3: 1, 7: 1, 9: 1}
 CONTROLS_AT = 7  # 21.1 %: random and sign tickets, one-shot
-INSTABILITY = {"rewind_to": (0, 100, 1000), "iterations": 4000, "seeds": (0, 1, 2)}
+INSTABILITY = {"rewind_to": (0, 500), "iterations": 2000, "seeds": (0, 1)}
 PAPER = {
     "source": "Frankle and Carbin 2019, LeNet-300-100: section 2 and appendix",
     "ticket at 21.1 %": "early stop 38 % earlier than dense (ratio 0.62)",

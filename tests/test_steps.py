@@ -1,6 +1,7 @@
 """The history of a run: what is appended is kept, whatever happens afterwards."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -132,3 +133,35 @@ def test_what_a_gpu_wrote_is_read_without_one(tmp_path, monkeypatch):
         patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
         steps.History(path=tmp_path).append(step(1, nn.Linear(2, 2)))
     assert steps.History.load(tmp_path).last.model.weight.device.type == "cpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class Wider(steps.Step):
+    """A topic's own record."""
+
+    start: nn.Module | None = None
+    curve: tuple[float, ...] = ()
+    other: nn.Module | None = None
+
+
+def test_a_step_of_a_topic_keeps_its_networks_and_its_class(tmp_path):
+    plain = step(1, nn.Linear(2, 2))
+    wide = Wider(**vars(step(2, nn.Linear(2, 3))), start=nn.Linear(2, 4), curve=(0.5, 0.25))
+    history = steps.History(path=tmp_path)
+    history.append(plain)
+    history.append(wide)
+    first, second = steps.History.load(tmp_path)
+    assert (type(first), type(second)) == (steps.Step, Wider)
+    assert torch.equal(second.model.weight, wide.model.weight)
+    assert torch.equal(second.start.weight, wide.start.weight)
+    assert (second.curve, second.other, second.removed) == ((0.5, 0.25), None, ["fc1:2"])
+    assert list(history.table()["curve"])[1] == (0.5, 0.25)
+    assert "start" not in history.table().columns
+
+
+def test_a_kind_that_is_no_record_is_refused(tmp_path):
+    (tmp_path / steps.INDEX_FILE).write_text(
+        '{"records": [{"kind": "subprocess:Popen", "args": "true"}], "settings": {}}'
+    )
+    with pytest.raises(ValueError, match=r"cannot be read \(TypeError: .* no kind of record"):
+        steps.History.load(tmp_path)
