@@ -14,18 +14,18 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
-from torch import BoolTensor, Tensor, nn
+from torch import Tensor, nn
 
 from pruning101.core import channels, masks, runs, structure
 from pruning101.core.channels import ChannelGroup, Member
 from pruning101.core.data import Dataset
+from pruning101.core.gradients import gradients as gradients
+from pruning101.core.semi_structured import semi_structured as semi_structured
 from pruning101.core.steps import History, Step, measured
 from pruning101.core.tracing import Example
 from pruning101.core.training import fit
 
 Kind = Literal["l1", "l2", "linf", "taylor", "batch_norm", "random"]
-Batches = Iterable[tuple[Tensor, Tensor]]
 Scope = Literal["group", "global"]
 GroupScores = Mapping[str, Tensor] | Callable[[ChannelGroup, nn.Module], Tensor]
 
@@ -47,38 +47,6 @@ def filter_norms(model: nn.Module, *, p: float = 1) -> dict[str, Tensor]:
             weight = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
         norms[name] = torch.linalg.vector_norm(weight.flatten(1), p, dim=1)
     return norms
-
-
-def gradients(
-    model: nn.Module, batches: Batches, *, loss: Callable[..., Tensor] = F.cross_entropy
-) -> dict[str, Tensor]:
-    """Return the gradient of the mean loss over all the images of ``batches``, by parameter name.
-
-    ``loss(outputs, labels)`` is the mean over its batch. In ``eval`` mode; frozen parameters have
-    gradients here, too, and the model stays as it was.
-    """
-    total: dict[str, Tensor] = {}
-    images_seen = 0
-    parameters = dict(model.named_parameters())
-    flags = {name: p.requires_grad for name, p in parameters.items()}
-    try:
-        with runs.mode(model, training=False), torch.enable_grad():
-            for parameter in parameters.values():
-                parameter.requires_grad_(True)
-            for images, labels in batches:
-                value = loss(model(images), labels) * len(images)
-                found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-                for (name, parameter), gradient in zip(parameters.items(), found, strict=True):
-                    if gradient is None:
-                        gradient = torch.zeros_like(parameter)
-                    total[name] = total[name] + gradient if name in total else gradient
-                images_seen += len(images)
-    finally:
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(flags[name])
-    if not images_seen:
-        raise ValueError("There are no batches to take gradients of; give at least one.")
-    return {name: gradient / images_seen for name, gradient in total.items()}
 
 
 @torch.no_grad()
@@ -253,17 +221,13 @@ def prune_channels(
         keep = {n: _kept_channels({n: by_group[n]}, shares[n], "group", skipped)[n] for n in shares}
     else:
         keep = _kept_channels(by_group, sparsity, scope, skipped)
-    removals = [
-        (group, (~keep[group.name]).nonzero().squeeze(1))
-        for group in found.groups
-        if not bool(keep[group.name].all())
-    ]
-    if removals:
-        channels.remove_from_groups(model, removals, example)
+    gone = {name: (~mask).nonzero().squeeze(1) for name, mask in keep.items()}
+    if any(map(len, gone.values())):
+        channels.remove_from_groups(model, found, gone, example)
     return PrunedChannels(
         model,
         kept={name: mask.nonzero().squeeze(1) for name, mask in keep.items()},
-        removed={name: int((~mask).sum()) for name, mask in keep.items()},
+        removed={name: len(positions) for name, positions in gone.items()},
         skipped=skipped,
     )
 
@@ -331,41 +295,6 @@ def _kept_channels(
 
 def _last_maximum(score: Tensor) -> int:
     return int((score == score.max()).nonzero()[-1])
-
-
-# --- in between: two of four -------------------------------------------------------------------
-
-
-def semi_structured(
-    scores: dict[str, Tensor], *, keep: int = 2, group: int = 4
-) -> dict[str, BoolTensor]:
-    """Return masks that keep the ``keep`` highest of every ``group`` weights in a row, exactly.
-
-    2:4 is what the sparse tensor cores of NVIDIA GPUs multiply at up to twice the speed (Mishra et
-    al. 2021, arXiv 2104.08378). ``scores`` maps parameter names to tensors [out, in, ...]; in a row
-    are weights that are neighbours along the input (dimension 1): columns of a linear layer, input
-    channels of a convolution, at each place of its kernel. Where the inputs are no multiple of
-    ``group``, the last ones count as if zeros followed them: of a rest of r, min(r, keep) stay.
-    Among equals the lower position is pruned first.
-
-    Raises:
-        ValueError: ``keep`` not in 1 .. group, NaN, or scores without an input dimension.
-    """
-    if not 1 <= keep <= group:
-        raise ValueError(f"keep must be between 1 and group={group}, not {keep!r}.")
-    result: dict[str, BoolTensor] = {}
-    for name, score in scores.items():
-        if score.dim() < 2 or bool(score.isnan().any()):
-            what = "NaN among its scores" if score.dim() > 1 else "no input dimension"
-            raise ValueError(f"{name!r} has {what}; leave it out, or look at how it is scored.")
-        inputs = score.shape[1]
-        rows = F.pad(score.movedim(1, -1).float(), (0, -inputs % group), value=-math.inf)
-        rows = rows.unflatten(-1, (-1, group))  # [out, ..., groups, group]
-        lowest = rows.argsort(dim=-1, stable=True)[..., : group - keep]
-        mask = torch.ones_like(rows, dtype=torch.bool).scatter(-1, lowest, False)
-        mask = mask.flatten(-2)[..., :inputs].movedim(-1, 1).contiguous()
-        result[name] = cast(BoolTensor, mask)
-    return result
 
 
 # --- the recipe --------------------------------------------------------------------------------

@@ -18,10 +18,15 @@ from pruning101.core.tracing import Example, model_inputs, tensors_in, undisturb
 
 @dataclass(frozen=True, eq=False)
 class Coupling:
-    """All of a model's groups, and for each layer in none of them why its channels must stay."""
+    """What :func:`coupling` found in a model.
+
+    ``groups`` may lose channels; ``fixed`` says for each layer in none of them why its channels
+    must stay; ``output_shapes`` are those of the network for the example, and must stay, too.
+    """
 
     groups: list[ChannelGroup]
     fixed: dict[str, str]
+    output_shapes: list[torch.Size]
 
 
 def channel_groups(
@@ -50,7 +55,7 @@ def coupling(
     """Return the groups as :func:`channel_groups` does, with the reasons of what is left out."""
     graph = Graph(model, example)
     names = graph.roots if layers is None else [graph.root(layer) for layer in layers]
-    found = Coupling([], dict(graph.unreached) if layers is None else {})
+    found = Coupling([], dict(graph.unreached) if layers is None else {}, graph.output_shapes)
     seen: set[str] = set()
     for name in names:
         if name in seen:
@@ -105,49 +110,49 @@ def remove_channels(
         group = graph.group(name)
     except Fixed as reason:
         raise ValueError(f"The units of {layer!r} cannot go: {reason}.") from None
-    remove_from_groups(model, [(group, torch.tensor(chosen))], example)
+    found = Coupling([group], {}, graph.output_shapes)
+    remove_from_groups(model, found, {name: torch.tensor(chosen)}, example)
 
 
 @torch.no_grad()
 def remove_from_groups(
-    model: nn.Module, removals: Iterable[tuple[ChannelGroup, Tensor]], example: Example
+    model: nn.Module, found: Coupling, channels: dict[str, Tensor], example: Example
 ) -> None:
-    """Take channels (int64) out of each group, all at once, in place.
+    """Take channels (int64) out of several groups, by the groups' names, all at once, in place.
 
-    As :func:`remove_channels`, for groups that :func:`channel_groups` found in this model as it is
-    now. Raises ``ValueError`` if the network does not run afterwards, and changes nothing then.
+    As :func:`remove_channels`, for what :func:`coupling` found in this model as it is now. Raises
+    ``ValueError`` if the network does not run afterwards, and changes nothing then.
     """
+    concerned = [g for g in found.groups if len(channels.get(g.name, ()))]
     before = [
         (m, dict(vars(m)), dict(m._parameters), dict(m._buffers), dict(m._modules))
         for m in model.modules()
     ]
-    shapes = _output_shapes(model, example)
-    followers = []
     try:
         gone: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
         axes: dict[tuple[str, str], int | None] = {}
-        for group, channels in removals:
-            followers.append((group, group.channels - len(channels)))
+        for group in concerned:
+            going = torch.zeros(group.channels, dtype=torch.bool)
+            going[channels[group.name]] = True
             for member in group.members:
-                hit = torch.isin(member.channel, channels.to(member.channel.device))
-                gone[member.layer, member.role].append(member.index[hit])
+                gone[member.layer, member.role].append(member.index[going[member.channel]])
                 axes[member.layer, member.role] = member.axis
         # The number of heads first: the layers that hold them are what it is read off.
         for layer, role in sorted(gone, key=lambda part: part[1] != "heads"):
             _cut(model, layer, role, axes[layer, role], torch.cat(gone[layer, role]))
-        for group, width in followers:
-            _follow_width(model, group, width)
-        after = _output_shapes(model, example)
-        if after != shapes:
-            raise RuntimeError(f"the output changes from {shapes} to {after}")
+        for group in concerned:
+            _follow_width(model, group, group.channels - len(channels[group.name]))
+        with undisturbed(model), torch.no_grad():
+            shapes = [t.shape for t in tensors_in(model(*model_inputs(model, example)))]
+        if shapes != found.output_shapes:
+            raise RuntimeError(f"the output changes from {found.output_shapes} to {shapes}")
     except Exception as error:
         for m, attributes, parameters, buffers, modules in before:
             vars(m).clear()
             vars(m).update(attributes)
             m._parameters, m._buffers, m._modules = parameters, buffers, modules
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        names = [group.name for group, _ in followers]
-        which = repr(names[0]) if len(names) == 1 else f"{len(names)} groups"
+        which = repr(concerned[0].name) if len(concerned) == 1 else f"{len(concerned)} groups"
         raise ValueError(
             f"Units of {which} cannot be removed, the network would not run without them "
             f"({reason}); nothing was changed."
@@ -159,11 +164,6 @@ def member_weight(model: nn.Module, member: Member) -> Tensor:
     if member.role == "parameter":
         return model.get_parameter(member.layer)
     return surgery.weight_of(model.get_submodule(member.layer))
-
-
-def _output_shapes(model: nn.Module, example: Example) -> list[torch.Size]:
-    with undisturbed(model), torch.no_grad():
-        return [t.shape for t in tensors_in(model(*model_inputs(model, example)))]
 
 
 def _cut(model: nn.Module, layer: str, role: str, axis: int | None, positions: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pruning101.core import surgery
 from pruning101.core.attention import Heads, NarrowAttention, heads_of
-from pruning101.core.tracing import Example, is_mask, model_inputs, undisturbed
+from pruning101.core.tracing import Example, is_mask, model_inputs, tensors_in, undisturbed
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,13 +108,19 @@ class Graph:
             # The graph is read off autograd: what is frozen would be invisible.
             for parameter in model.parameters():
                 parameter.requires_grad_(True)
+            outputs: list[Any] = []
+
+            def run(network: nn.Module, arguments: tuple[Any, ...]) -> Any:
+                outputs.append(network(*arguments))
+                return outputs[0]
+
             try:
                 # Everything is passed anew: its default lists are kept from call to call.
                 with _attention_handed_on(model, self.heads):
                     self.graph.build_dependency(
                         model,
                         inputs,
-                        forward_fn=lambda network, arguments: network(*arguments),
+                        forward_fn=run,
                         unwrapped_parameters=[],
                         customized_pruners=pruners,
                         ignored_layers=[],
@@ -127,6 +133,7 @@ class Graph:
                     f"{type(model).__name__} cannot be traced for its coupled channels "
                     f"({message[0]}); check the example, or whether its output has a gradient."
                 ) from error
+        self.output_shapes = [t.shape for t in tensors_in(outputs)]
         self._nodes = self.graph.module2node
         self._blind = self._find_blind()
         # A depthwise convolution's channels are those of the layer before it.
