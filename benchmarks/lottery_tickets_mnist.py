@@ -38,6 +38,7 @@ RATE, OUTPUT_RATE = 0.2, 0.1
 REINITIALISED = {3: 1, 7: 1, 9: 1}
 CONTROLS_AT = 7  # 21.1 %: random and sign tickets, one-shot
 INSTABILITY = {"rewind_to": (0, 500), "iterations": 2000, "seeds": (0, 1)}
+PARTS = ("search", "instability")
 PAPER = {
     "source": "Frankle and Carbin 2019, LeNet-300-100: section 2 and appendix",
     "ticket at 21.1 %": "early stop 38 % earlier than dense (ratio 0.62)",
@@ -53,6 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--rounds", type=int, nargs="+", default=[7, 9], help="in such stages")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--root", help="folder of mnist.safetensors (default: the library's)")
     parser.add_argument("--folder", type=Path, default=Path("runs/lottery_tickets_mnist"))
     parser.add_argument("--out", type=Path, default=RESULTS / "lottery_tickets_mnist.json")
@@ -61,15 +63,14 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     data = load("mnist", options.root)
     out = options.out.resolve()
-    for stage, rounds in enumerate(options.rounds):
+    for rounds in options.rounds if "search" in options.parts else []:
         for seed in options.seeds:
             one_seed(seed, rounds, data, options.folder)
             write(out, collect(options.folder))
-        if stage == 0:
-            for seed in INSTABILITY["seeds"]:
-                if seed in options.seeds:
-                    barriers(seed, data, options.folder)
-                    write(out, collect(options.folder))
+    for seed in options.seeds if "instability" in options.parts else []:
+        if seed in INSTABILITY["seeds"]:
+            barriers(seed, data, options.folder)
+            write(out, collect(options.folder))
 
 
 def one_seed(seed: int, rounds: int, data: Dataset, folder: Path) -> None:

@@ -331,15 +331,16 @@ def random_reinitialisation(
 ) -> nn.Module:
     """Return a copy with the same masks and new initial weights, biases and norms.
 
-    ``initialise(model, seed=seed)`` draws them in place, on the CPU and without masks; give the one
-    that the network began with, if it was not the modules' own.
+    ``initialise(model, seed=...)`` draws them in place, on the CPU and without masks, with a seed
+    derived from ``seed``; give the one that the network began with, if it was not the modules' own.
 
     Source: Frankle and Carbin 2019, section 2.
     """
     work = _network(ticket)
     kept, device = masks.masks_of(work), runs.device_of(work)
     masks.make_permanent(work)
-    initialise(work.cpu(), seed=seed)
+    # not with the seed itself: a network often began with the same one, and would come back
+    initialise(work.cpu(), seed=runs.derive(seed))
     masks.apply(work.to(device), kept)
     return work
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from pruning101 import lottery_tickets
-from pruning101.core import masks, models, trajectories
+from pruning101.core import masks, models, runs, trajectories
 from pruning101.core.data import load
 from pruning101.core.steps import History
 from pruning101.core.training import evaluate, fit
@@ -170,6 +170,15 @@ def test_rounds_remove_what_torch_removes(scope):
             )
         for name, mask in masks.masks_of(ours).items():
             assert torch.equal(mask, layers[name.removesuffix(".weight")].weight_mask != 0), name
+
+
+def test_what_is_gone_stays_gone_among_survivors_that_are_zero():
+    layer = nn.Linear(4, 1)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.0, 0.0, 5.0, 1.0]]))
+    masks.apply(layer, {"weight": torch.tensor([[True, True, False, True]])})
+    kept = masks_after_round(nn.Sequential(layer), 1 / 3)
+    assert kept["0.weight"].tolist() == [[False, True, False, True]]
 
 
 def test_a_rate_by_layer_leaves_the_others_whole():
@@ -368,7 +377,7 @@ def test_reinitialised_tickets_begin_as_the_zoo_does_under_the_same_masks(digits
     *_, ticket = find_ticket(network, digits, rounds=1, **QUICK)
     random_state, before = torch.get_rng_state(), state(ticket.ticket)
     control = random_reinitialisation(ticket, seed=5)
-    fresh = models.build("lenet_300_100", in_channels=1, image_size=8, seed=5)
+    fresh = models.build("lenet_300_100", in_channels=1, image_size=8, seed=runs.derive(5))
     kept = masks.masks_of(ticket.ticket)
     for layer in ("fc1", "fc2", "fc3"):
         there, new = control.get_submodule(layer), fresh.get_submodule(layer)
@@ -378,6 +387,12 @@ def test_reinitialised_tickets_begin_as_the_zoo_does_under_the_same_masks(digits
     assert all(torch.equal(value, before[name]) for name, value in state(ticket.ticket).items())
     assert same(control, random_reinitialisation(ticket.ticket, seed=5))
     assert not torch.equal(control.fc1.weight, random_reinitialisation(ticket, seed=6).fc1.weight)
+
+
+def test_the_seed_of_the_network_does_not_bring_its_weights_back():
+    network = models.build("lenet_300_100", in_channels=1, image_size=8, seed=3)
+    control = random_reinitialisation(network, seed=3)
+    assert float((control.fc1.weight == network.fc1.weight).float().mean()) < 0.01
 
 
 def test_reinitialisation_forgets_the_norms_too(searched):
