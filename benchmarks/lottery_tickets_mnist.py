@@ -34,8 +34,8 @@ SETTING: dict[str, Any] = {
     "evaluate_every": 100,
 }
 RATE, OUTPUT_RATE = 0.2, 0.1
-# Rounds at which the same masks are trained from other weights, and how many draws of them.
-REINITIALISED = {3: 1, 7: 1, 9: 1}
+# Rounds at which the same masks are trained from other weights, once the search has come how far.
+REINITIALISED = {7: 7, 3: 9, 9: 9}
 CONTROLS_AT = 7  # 21.1 %: random and sign tickets, one-shot
 INSTABILITY = {"rewind_to": (0, 500), "iterations": 2000, "seeds": (0, 1)}
 PARTS = ("search", "instability")
@@ -97,16 +97,17 @@ def one_seed(seed: int, rounds: int, data: Dataset, folder: Path) -> None:
 
         once(path, name, compute)
 
-    for round_, draws in REINITIALISED.items():
-        for draw in range(draws if round_ <= rounds else 0):
-            number = runs.derive(seed, round_, draw)
+    for round_, after in REINITIALISED.items():
+        if rounds < after:
+            continue
+        number = runs.derive(seed, round_, 0)
 
-            def renewed(round_: int = round_, number: int = number) -> nn.Module:
-                return lottery_tickets.random_reinitialisation(
-                    history[round_], seed=number, initialise=lottery_tickets.gaussian_glorot
-                )
+        def renewed(round_: int = round_, number: int = number) -> nn.Module:
+            return lottery_tickets.random_reinitialisation(
+                history[round_], seed=number, initialise=lottery_tickets.gaussian_glorot
+            )
 
-            control(f"reinitialised {round_} {draw}", renewed, round_, number)
+        control(f"reinitialised {round_} 0", renewed, round_, number)
     ticket = history[CONTROLS_AT]
     number = runs.derive(seed, CONTROLS_AT, 100)
     control(

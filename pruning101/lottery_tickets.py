@@ -44,10 +44,10 @@ class Ticket(Step):
 
     ``model`` is trained to the end, and ``accuracy``, ``loss`` and ``test_accuracy`` are its own.
     ``ticket`` holds its masks over the weights of iteration ``rewind_to``: what it was trained from
-    (but round 0, which began at iteration 0).
-    ``density`` is the share of the weights (of convolutions and linear layers) still there, in
-    [0, 1]; ``removed`` counts those that this round took. The curves are those of :class:`Run`,
-    ``test_curve`` its accuracy on ``test``; iterations count from the beginning of round 0.
+    (but for round 0, which begins at iteration 0). ``density`` is the share of the weights (of
+    convolutions and linear layers) still there, in [0, 1]; ``removed`` counts those that this round
+    took. The curves are those of :class:`Run`, ``test_curve`` the accuracy on ``test``; iterations
+    count from the beginning of round 0.
     """
 
     density: float = 1.0
@@ -111,7 +111,7 @@ def find_ticket(
     ``history`` with rounds in it goes on to the same tickets as if never interrupted (only the new
     ones are yielded). More ``rounds`` may be asked for than it was begun with.
 
-    Source: Frankle and Carbin 2019, section 2 and appendix G; rewinding: Frankle et al. 2020.
+    Source: Frankle and Carbin 2019, section 2; rewinding: Frankle et al. 2020.
 
     Raises:
         ValueError: rates or counts out of range, unknown layers, or a history begun with another
@@ -367,7 +367,7 @@ def sign_ticket(ticket: nn.Module | Ticket) -> nn.Module:
     of all the layer's weights at the iteration rewound to, those removed included. Masks, biases
     and norms stay.
 
-    Source: Zhou, Lan, Liu and Yosinski, Deconstructing lottery tickets, NeurIPS 2019, section 4.
+    Source: Zhou, Lan, Liu and Yosinski, Deconstructing lottery tickets, NeurIPS 2019.
     """
     work = _network(ticket)
     with torch.no_grad():
