@@ -35,8 +35,6 @@ def inflow(model: nn.Module, example: Example) -> dict[str, Tensor]:
         def hook(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
             if isinstance(module, nn.Embedding | nn.EmbeddingBag):
                 return torch.full_like(output, torch.nan)
-            if isinstance(module, NORMS):
-                return _after_norm(module, output)
             values = _uniform(tensors_in((args, kwargs))[0], module)
             seen = found.get(name, values)
             found[name] = torch.where(seen == values, values, torch.nan)
@@ -46,14 +44,24 @@ def inflow(model: nn.Module, example: Example) -> dict[str, Tensor]:
 
         return hook
 
+    def before_norm(norm: Any, args: Any) -> Any:
+        if norm.weight is None:
+            return None
+        factors = norm.weight.view(1, -1, *[1] * (args[0].dim() - 2))
+        return args[0].masked_fill(factors == 0, 0), *args[1:]  # whatever it is, it does not count
+
     def unknown(x: Tensor) -> Tensor:
         return torch.full_like(x, torch.nan) if x.is_floating_point() else x
 
-    kinds = (nn.Embedding, nn.EmbeddingBag, NORMS)
     handles = [
         module.register_forward_hook(follow(name), with_kwargs=True)
         for name, module in model.named_modules()
-        if type(module) in LAYERS or isinstance(module, kinds)
+        if type(module) in LAYERS or isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    ]
+    handles += [
+        module.register_forward_pre_hook(before_norm)
+        for module in model.modules()
+        if isinstance(module, NORMS)
     ]
     inputs = tree_map_only(Tensor, unknown, model_inputs(model, example))
     try:
@@ -75,13 +83,6 @@ def _uniform(x: Tensor, module: nn.Module) -> Tensor:
     low, high = x.movedim(_axis(module, x), 0).flatten(1).aminmax(dim=1)
     rounding = 8 * torch.finfo(x.dtype).eps * torch.maximum(low.abs(), high.abs())
     return torch.where(high - low <= rounding, low, torch.nan)
-
-
-def _after_norm(norm: Any, output: Tensor) -> Tensor:
-    if norm.weight is None:
-        return output
-    dims = (1, -1, *[1] * (output.dim() - 2))
-    return torch.where(norm.weight.view(dims) == 0, norm.bias.view(dims), output)
 
 
 def _after_layer(layer: Any, values: Tensor) -> Tensor:

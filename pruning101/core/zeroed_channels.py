@@ -188,14 +188,12 @@ def _why_not(
             value = _reaching(inflow, member)
             used = _used(module.weight, 0)[member.index] & ~value.isnan()
             _note(hints, member.channel[used & (value != 0)], _border(model, member))
-    for member in group.producers:
+    for member in sorted(group.producers, key=lambda m: carried.is_border(model, m.layer)):
         if len(group.producers) > 1:
             written = _used(member_weight(model, member), member.axis)[member.index]
-            _note(
-                hints,
-                member.channel[written],
-                f"{carried.own_name(model, member.layer)!r} makes them, too",
-            )
+            makes = f"{carried.own_name(model, member.layer)!r} makes them, too"
+            border = carried.is_border(model, member.layer)
+            _note(hints, member.channel[written], _border(model, member) if border else makes)
 
     why = [""] * group.channels
     folding = torch.zeros(group.channels, dtype=torch.bool)
@@ -315,10 +313,12 @@ def _scatter(
         own = carried.own_name(model, name)
         if plain and name in called and (own, "rows") in kept and getattr(layer, "groups", 1) == 1:
             computed = _used(cast(Tensor, layer.weight), 0)
-            computed[0] |= not computed.any()
+            del kept[own, "rows"]
+            if not computed.any():
+                computed[0] = True
+                kept[own, "rows"] = "1 without inputs: a layer needs a unit"
             carried.scatter(model, name, computed)
             removed[own] += int((~computed).sum())
-            del kept[own, "rows"]
 
 
 # --- what is left --------------------------------------------------------------------------------
@@ -342,13 +342,13 @@ def _zeros(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
 def _explained(
     model: nn.Module, reasons: dict[_Place, dict[int, str]], fixed: dict[str, str]
 ) -> dict[_Place, str]:
-    unknown = "their way through the network cannot be followed"
     texts: dict[_Place, str] = {}
     for name, side, zero in _zeros(model):
+        other = "they are not made by channels that could go"
+        if side == "rows":
+            other = fixed.get(name, "their way through the network cannot be followed")
         known = reasons.get((name, side), {})
-        count = Counter(
-            known.get(i, fixed.get(name, unknown)) for i in zero.nonzero().flatten().tolist()
-        )
+        count = Counter(known.get(i, other) for i in zero.nonzero().flatten().tolist())
         if count:
             what = "without inputs" if side == "rows" else "unread inputs"
             texts[carried.own_name(model, name), side] = "; ".join(
