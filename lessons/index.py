@@ -88,10 +88,17 @@
 # | $\rho$ | `relevance` | what removing a unit is estimated to cost |
 # | $\alpha$ | `attention` | a unit's strength: 1 as it is, 0 removed |
 # | $m$ | `mask` | 1 where a weight is kept, 0 where it is pruned |
+# | $\theta_k$ | `state_dict` | all weights of a network after $k$ iterations |
+# | $p$ | `rate` | share of the weights left that one round removes |
+# | $\beta$ | `alphas` | place on the line between two networks, 0 to 1 |
+# | $R$ | | what flows from all inputs to all outputs (SynFlow) |
 # | $q$, $\sigma$ | `quality` | a threshold's factor; a layer's standard deviation |
+# | $G$ | `group` | channels that go together, in all layers they run through |
+# | $S$ | `sensitivity` | how strongly the outputs react to a unit |
 # | $\lambda$ | `strength` | weight of a penalty in the loss |
 # | $\eta$ | `lr` | learning rate |
 # | $N$, $C$, $H$, $W$ | `images.shape` | examples, channels, height, width |
+# | $K$ | `classes` | number of outputs |
 
 # %% [markdown]
 # ## Glossary
@@ -99,29 +106,48 @@
 # - **Accuracy**: share of examples that are classified rightly.
 # - **Budget**: what two methods must have in common to be compared: steps of
 #   training, examples seen, or the size of the result.
+# - **Channel**: one image among those that a layer emits. The **filter** that
+#   makes it is a row of the layer's weights; each layer that reads it has a
+#   column for it.
 # - **Coded bytes**: size of the stored weights after entropy coding, where
 #   zeros cost nearly nothing. **Dense bytes**: without it.
 # - **Dead unit**: a unit without inputs or without outputs left. One without
 #   inputs still emits its bias.
 # - **Dense**: a network from which nothing was removed.
 # - **Depth**: layers with weights on the longest path through a network.
+# - **Early stop**: the iteration at which the loss on valid is least.
 # - **Fine-tuning, healing, retraining**: training on after a removal.
 # - **Footprint**: parameters, non-zeros, MACs, depth and bytes, together.
 # - **Global, layerwise**: whether one threshold serves all layers, or each
 #   layer has its own.
+# - **Group**: channels that can only be removed together, in every layer that
+#   makes, treats or reads them.
+# - **Instability**: height of the barrier of error on the line between two
+#   trainings from one start that saw the data in different orders.
+# - **Iteration**: one step of the optimiser, on one batch.
 # - **Latency**: time that one answer takes, as measured on a machine.
 # - **MACs**: multiply-adds that one input costs.
+# - **Layer collapse**: a layer loses all its weights, and the network answers
+#   every input alike.
 # - **Magnitude**: absolute value of a weight.
 # - **Mask**: zeros and ones that say which weights are gone. A masked network
 #   is as large and as slow as before.
+# - **Materialise**: turn zeros that fill whole channels into a smaller network
+#   of the same function.
 # - **One-shot, iterative**: whether all is removed at once, or a little at a
 #   time with training in between.
 # - **Penalty**: a term added to the loss that makes a network easier to prune.
 # - **Pruning**: removing parts of a trained network.
+# - **Rewinding**: putting surviving weights back to earlier values.
 # - **Saliency, relevance, score**: an estimate of what a removal would cost.
+# - **Semi-structured**: a fixed number of zeros in every few weights, as 2 of
+#   4, which some GPUs can skip.
+# - **Sensitivity**: how strongly outputs or loss react to a small change.
 # - **Sparsity**: share of the weights that are zero. **Density** is the rest.
 # - **Structured, unstructured**: whether whole units, channels or layers go,
 #   which makes the network really smaller, or single weights.
 # - **Surgery**: turning a masked network into a smaller ordinary one.
+# - **Ticket**: a masked network with the initial (or an early) value of each
+#   weight that is left. A *winning* one trains as well as the dense network.
 # - **Train, valid, test**: what is learnt from; what decisions are taken on;
 #   what is only ever reported.
