@@ -183,7 +183,8 @@ def _check_scores(scores: dict[str, Tensor]) -> None:
             raise TypeError(f"The scores of {name!r} must be a tensor of real numbers, not {kind}.")
         if score.numel() == 0:
             raise ValueError(f"The scores of {name!r} are empty (shape {tuple(score.shape)}).")
-        if score.is_floating_point() and bool(score.isnan().any()):
+        # A sum is quickly made, and NaN where a score is (and where inf meets -inf).
+        if score.is_floating_point() and bool(score.sum().isnan() and score.isnan().any()):
             raise ValueError(
                 f"The scores of {name!r} contain NaN, which has no rank; look for NaN in what they "
                 "are computed from."
@@ -201,12 +202,13 @@ def _cut(scores: dict[str, Tensor], sparsity: float) -> dict[str, BoolTensor]:
     else:
         threshold = _kth_smallest(flat, pruned)
         masks = [part > threshold for part in flat]
-        ties_pruned = pruned - sum(_count(part < threshold) for part in flat)
-        for part, mask in zip(flat, masks, strict=True):
-            ties = part == threshold
-            here = min(ties_pruned, _count(ties))
-            ties_pruned -= here
-            mask[ties.nonzero().squeeze(1)[here:]] = True
+        ties_kept = sum(part.numel() - _count(m) for part, m in zip(flat, masks, strict=True))
+        ties_kept -= pruned  # of those at the threshold, the last by position
+        for part, mask in zip(reversed(flat), reversed(masks), strict=True):
+            if ties_kept:
+                ties = (part == threshold).nonzero().squeeze(1)[-ties_kept:]
+                mask[ties] = True
+                ties_kept -= len(ties)
     return {
         name: cast(BoolTensor, mask.view(score.shape))
         for (name, score), mask in zip(scores.items(), masks, strict=True)
@@ -216,29 +218,35 @@ def _cut(scores: dict[str, Tensor], sparsity: float) -> dict[str, BoolTensor]:
 def _kth_smallest(parts: list[Tensor], k: int) -> float | int:
     """The k-th smallest value (k from 1) of all ``parts``, without joining or sorting them.
 
-    A small sample, sorted, brackets the value between ``low`` and ``high``; one counting pass says
-    whether it is inside, and only the few values between them are then sorted. Any sample gives the
-    exact result: a bad one only leaves more values to sort.
+    A small sample brackets the value between ``low`` and ``high``; one counting pass says whether
+    it is above ``low``, and the few values between them hold it. Any sample gives the exact result:
+    a bad one only leaves more values to look at.
     """
     total = sum(part.numel() for part in parts)
     stride = max(1, total // _SAMPLE)
-    sample = torch.cat([_sortable(part[::stride]) for part in parts]).sort().values
+    sample = torch.cat([_sortable(part[::stride]) for part in parts])
     rank = k / total * len(sample)
     margin = 5 * math.sqrt(len(sample)) / 2  # five standard deviations of the sample's rank
-    low = sample[max(0, int(rank - margin))].item()
-    high = sample[min(len(sample) - 1, math.ceil(rank + margin))].item()
+    low = _kth(sample, max(1, int(rank - margin)))
+    high = _kth(sample, min(len(sample), math.ceil(rank + margin)))
 
-    if k <= sum(_count(part < low) for part in parts):
+    skipped = sum(_count(part <= low) for part in parts)
+    if k <= skipped:
+        if k > sum(_count(part < low) for part in parts):
+            return low
         skipped, rest = 0, [part[part < low] for part in parts]
-    elif k <= (up_to_low := sum(_count(part <= low) for part in parts)):
-        return low
-    elif k <= sum(_count(part < high) for part in parts):
-        skipped, rest = up_to_low, [part[(part > low) & (part < high)] for part in parts]
-    elif k <= (up_to_high := sum(_count(part <= high) for part in parts)):
-        return high
     else:
-        skipped, rest = up_to_high, [part[part > high] for part in parts]
-    return torch.cat([_sortable(part) for part in rest]).sort().values[k - skipped - 1].item()
+        rest = [part[(part > low) & (part < high)] for part in parts]
+        if k > skipped + sum(map(len, rest)):
+            skipped = sum(_count(part <= high) for part in parts)
+            if k <= skipped:
+                return high
+            rest = [part[part > high] for part in parts]
+    return _kth(torch.cat([_sortable(part) for part in rest]), k - skipped)
+
+
+def _kth(values: Tensor, k: int) -> float | int:
+    return values.kthvalue(k).values.item()
 
 
 def _sortable(values: Tensor) -> Tensor:
