@@ -20,7 +20,13 @@ from torch import nn
 
 from pruning101.core import data, models, plots
 from pruning101.course import build, execute, material
-from pruning101.widgets import magnitude, optimal_brain_damage, skeletonization
+from pruning101.lottery_tickets import find_ticket
+from pruning101.widgets import (
+    lottery_tickets,
+    magnitude,
+    optimal_brain_damage,
+    skeletonization,
+)
 
 
 def skeletonization_widget() -> ipywidgets.VBox:
@@ -38,10 +44,29 @@ def magnitude_widget() -> ipywidgets.VBox:
     return magnitude.show(magnitude.precompute(model, data.load("digits")))
 
 
+def lottery_tickets_widget() -> ipywidgets.VBox:
+    digits = data.load("digits").subset(train=240, valid=60, test=60)
+    training = {"iterations": 31, "optimizer": "sgd", "lr": 0.05, "evaluate_every": 1}
+    searches = [
+        list(
+            find_ticket(
+                models.build("lenet_300_100", in_channels=1, image_size=8, seed=seed),
+                digits,
+                rounds=10,
+                seed=seed,
+                **training,
+            )
+        )
+        for seed in range(3)
+    ]
+    return lottery_tickets.show(lottery_tickets.precompute(searches, digits, **training))
+
+
 WIDGETS: dict[str, Callable[[], ipywidgets.VBox]] = {
     "skeletonization": skeletonization_widget,
     "optimal_brain_damage": optimal_brain_damage_widget,
     "magnitude": magnitude_widget,
+    "lottery_tickets": lottery_tickets_widget,
 }
 
 
