@@ -12,7 +12,8 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, cast
+from contextlib import nullcontext
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import BoolTensor, Tensor, nn
@@ -22,7 +23,6 @@ from pruning101.core.data import Dataset
 from pruning101.core.steps import History, Step, measured
 from pruning101.core.training import evaluate, fit
 
-Batches = Iterable[tuple[Tensor, Any]]
 Kind = Literal["full", "lower_bound", "local"]
 
 # --- the penalties -----------------------------------------------------------------------------
@@ -33,10 +33,10 @@ def lobster(
 ) -> Callable[[nn.Module], None]:
     """Return ``shrink(model)`` for ``fit(after_step=...)``: ``w -= strength w relu(1 - |dL/dw|)``.
 
-    Equation 6 of the paper. A weight that the loss does not feel decays at the full ``strength``
-    (which the learning rate does not multiply), one with a gradient of 1 or more not at all. Biases
-    of layers, and weights and biases of norms, are left alone unless asked for; the published code
-    shrinks all of them. Frozen and masked weights stay as they are.
+    A weight that the loss does not feel decays at the full ``strength`` (no learning rate times
+    it), one with a gradient of 1 or more not at all. Biases of layers, and weights and biases of
+    norms, are left alone unless asked for; the published code shrinks all. Frozen and masked
+    weights stay as they are.
 
     The gradient is the one that the optimiser has just used: that of the whole objective, a penalty
     of ``fit`` included, but not the optimiser's weight decay. The paper's update shrinks by the
@@ -52,8 +52,7 @@ def lobster(
     def shrink(model: nn.Module) -> None:
         if all(p.grad is None for p in model.parameters()):
             raise ValueError(
-                "lobster needs the gradients of the loss and the model has none; call it after "
-                "backward(), or pass it as fit(after_step=...)"
+                "the model has no gradients; call this after backward(), or as fit(after_step=...)"
             )
         for module, leaf in _targets(model, biases=biases, norms=norms).values():
             weight = _stored(module, leaf)
@@ -65,7 +64,7 @@ def lobster(
 
 
 def neuron_sensitivity(
-    model: nn.Module, batches: Batches, *, kind: Kind = "full"
+    model: nn.Module, batches: Iterable[tuple[Tensor, Any]], *, kind: Kind = "full"
 ) -> dict[str, Tensor]:
     """Return how strongly the outputs y feel the pre-activation z_i of every neuron.
 
@@ -80,13 +79,8 @@ def neuron_sensitivity(
     out), and z_i what that layer gives; layers that the model does not call are left out. The
     output layer's own neurons have 1 / K.
 
-    Args:
-        model: a network with outputs [B, K]; left as it was.
-        batches: ``(images, labels)``; labels are not looked at.
-        kind: see above.
-
-    Returns:
-        Tensors [neurons] by layer name.
+    ``model`` has outputs [B, K] and is left as it was; of ``batches``, ``(images, labels)``, the
+    labels are not looked at. Returns tensors [neurons] by layer name.
 
     Raises:
         ValueError: an unknown kind, no batches, outputs of another shape, or no layer with neurons.
@@ -96,60 +90,48 @@ def neuron_sensitivity(
     felt: dict[str, Tensor] = {}
     seen: dict[str, int] = {}
     for images, _ in batches:
-        images = images.to(device, dtype)
-        for layer, s in _felt(model, images, kind):  # [..., neurons]
+        for layer, s in _felt(model, images.to(device, dtype), kind):  # s: [..., neurons]
             felt[layer] = felt.get(layer, 0) + s.flatten(0, -2).sum(0)
             seen[layer] = seen.get(layer, 0) + s[..., 0].numel()
-    masks.refresh(model)  # effective weights made without gradients would stay so
     if not felt:
-        raise ValueError(
-            "nothing was measured: give at least one batch, and a model that calls a linear layer "
-            "or a convolution"
-        )
+        raise ValueError("nothing to measure: give a batch, and a model that has neurons")
     return {layer: total / seen[layer] for layer, total in felt.items()}
 
 
 def _felt(model: nn.Module, images: Tensor, kind: Kind) -> list[tuple[str, Tensor]]:
-    """What is felt of every neuron, image and position, [B, ..., neurons], at each layer's call."""
-    layers = _layers_with_neurons(model)
+    """What is felt of every neuron, image and position, [..., neurons], at each layer's call."""
     names: list[str] = []
     z: list[Tensor] = []
 
     def watch(layer: str) -> Callable[..., Tensor]:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        def hook(module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            last = output if isinstance(module, nn.Linear) else output.movedim(1, -1)
             names.append(layer)
-            z.append(output)
-            return output.clone()  # so that a ReLU in place does not overwrite z
+            z.append(last)
+            # A copy of it goes on: a ReLU in place would overwrite z.
+            return (last if last is output else last.movedim(-1, 1)).clone()
 
         return hook
 
+    layers = _layers_with_neurons(model)
     handles = [module.register_forward_hook(watch(name)) for name, module in layers.items()]
     try:
-        with runs.mode(model, training=False), torch.set_grad_enabled(kind != "local"):
-            y = model(images.detach().requires_grad_())  # a graph even if the network is frozen
+        with runs.mode(model, training=False), torch.enable_grad():
+            y = model(images.detach().requires_grad_().clone())  # a graph even if all is frozen
     finally:
         for handle in handles:
             handle.remove()
     if y.ndim != 2:
         raise ValueError(f"the outputs must be [B, K] to be felt, but have shape {list(y.shape)}")
     if kind == "local":
-        felt = [(value > 0).to(value.dtype) for value in z]
-    elif kind == "lower_bound":
-        felt = [slope.abs() for slope in _slopes(y.mean(1), z)]
-    else:
-        felt = [torch.zeros_like(value) for value in z]
-        for k in range(y.shape[1]):
-            for total, slope in zip(felt, _slopes(y[:, k], z), strict=True):
-                total += slope.abs() / y.shape[1]
-    linear = [isinstance(layers[name], nn.Linear) for name in names]
-    last = [s if flat else s.movedim(1, -1) for s, flat in zip(felt, linear, strict=True)]
-    return list(zip(names, last, strict=True))
-
-
-def _slopes(y: Tensor, z: list[Tensor]) -> list[Tensor]:
-    """``dy_b / dz_b`` of every image b: as images do not mix, the slopes of their sum."""
-    slopes = torch.autograd.grad(y.sum(), z, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(v) if s is None else s for v, s in zip(z, slopes, strict=True)]
+        return [(name, (value > 0).to(value.dtype)) for name, value in zip(names, z, strict=True)]
+    felt = [torch.zeros_like(value) for value in z]
+    outputs = [y.mean(1)] if kind == "lower_bound" else y.unbind(1)  # each [B]
+    for output in outputs:  # as images do not mix, the slopes of their sum are those of each
+        slopes = torch.autograd.grad(output.sum(), z, retain_graph=True, materialize_grads=True)
+        for total, slope in zip(felt, slopes, strict=True):
+            total += slope.abs() / len(outputs)
+    return list(zip(names, felt, strict=True))
 
 
 class serene:
@@ -191,8 +173,7 @@ class serene:
         """Shrink ``model`` in place, by its sensitivity on the last batch that it trained on."""
         if self._images is None:
             raise RuntimeError(
-                "serene has seen no batch; use it as `with serene(model, strength) as shrink: "
-                "fit(model, ..., after_step=shrink)`"
+                "no batch was seen; write `with serene(...) as s: fit(..., after_step=s)`"
             )
         felt = neuron_sensitivity(model, [(self._images, None)], kind=self.sensitivity)
         # Each process of `accelerate launch` has its share of the batch, and all must shrink alike.
@@ -202,18 +183,14 @@ class serene:
         with torch.no_grad():
             for layer, total in sums.items():
                 module = model.get_submodule(layer)
-                weight = _stored(module, "weight")
-                if weight.requires_grad:
-                    share = self.strength * (1 - total / count).relu()  # [neurons]
-                    _shrink(module, "weight", share.view(-1, *[1] * (weight.ndim - 1)))
+                share = self.strength * (1 - total / count).relu()  # [neurons]
+                ones = [1] * (_stored(module, "weight").ndim - 1)
+                _shrink(module, "weight", share.view(-1, *ones))
         masks.refresh(model)
 
 
 def removed_neurons(model: nn.Module) -> dict[str, int]:
-    """Return how many neurons of each layer have lost all their incoming weights, by layer name.
-
-    Such a neuron emits a constant, which its bias decides.
-    """
+    """Return how many neurons of each layer have no incoming weight left, by layer name."""
     masks.refresh(model)
     return {
         layer: int((cast(Tensor, module.weight).detach().flatten(1) == 0).all(1).sum())
@@ -238,22 +215,19 @@ def prune_within(
 
     Bisection finds one threshold on the magnitude: on its safe side the loss on ``split`` is at
     most ``(1 + tolerance)`` times the model's, on the other side not. It ends when at most a share
-    ``resolution`` of the weights lies between the two, and returns the safe side (the published
-    LOBSTER returns the middle, which may break the bound). So the loss of the masked model was
-    measured, and is within the bound; since the loss need not grow evenly with the threshold, some
-    larger one may be within it too. Among equal magnitudes the lower position goes first.
+    ``resolution`` of the weights lies between the two, and returns the safe side, whose loss was
+    measured (the published LOBSTER returns the middle, which may break the bound). The loss need
+    not grow evenly with the threshold: some larger one may be within the bound too.
 
     What was masked stays masked, and the model is left as it is: ``masks.apply`` does the pruning.
-    Biases and norms take part only where asked for, as they do in the published code. A layer may
-    lose all its weights where the loss allows it, with a warning.
+    Biases and norms take part where asked for (in the published code always). A layer may lose all
+    its weights where the loss allows it, with a warning. Of equal magnitudes the first goes first.
 
     Raises:
-        ValueError: tolerance negative or not finite, resolution outside [0, 1), ``split="test"``,
-            a loss that is not finite, or nothing to prune.
+        ValueError: a value out of range, ``split="test"``, a loss that is not finite, or nothing to
+            prune.
     """
-    _check(tolerance=tolerance)
-    if not 0 <= resolution < 1:
-        raise ValueError(f"resolution must be a share in [0, 1), got {resolution!r}")
+    _check(tolerance=tolerance, resolution=resolution)
     if split not in ("train", "valid"):
         raise ValueError(f'split must be "valid" or "train", got {split!r}: test decides nothing')
     kept = masks.masks_of(model)
@@ -261,7 +235,7 @@ def prune_within(
     masks.make_permanent(trial)
     targets = _targets(trial, biases=biases, norms=norms)
     if not targets:
-        raise ValueError("the model has no trainable convolution or linear layer to prune")
+        raise ValueError("the model has no convolution or linear layer to prune")
     weights = {name: _stored(*at) for name, at in targets.items()}
     original = {name: weight.detach().clone() for name, weight in weights.items()}
     magnitudes = {name: weight.abs() for name, weight in original.items()}
@@ -274,7 +248,7 @@ def prune_within(
     total = sum(m.numel() for m in magnitudes.values())
     safe = sum(int((~kept[name]).sum()) for name in magnitudes.keys() & kept.keys())
     beyond, between = total, resolution * (total - safe)  # with no weight left, nothing is learnt
-    result = masks.from_scores(magnitudes, safe / total)
+    first = result = masks.from_scores(magnitudes, safe / total)
     while beyond - safe > max(1, between):
         middle = (safe + beyond) // 2
         tried = masks.from_scores(magnitudes, middle / total)
@@ -285,9 +259,7 @@ def prune_within(
             safe, result = middle, tried
         else:
             beyond = middle
-    emptied = [
-        n for n, mask in result.items() if not mask.any() and (n not in kept or kept[n].any())
-    ]
+    emptied = [name for name in result if first[name].any() and not result[name].any()]
     if emptied:
         names = ", ".join(emptied)
         warnings.warn(f"no weight is left in {names}: the loss is within its bound", stacklevel=2)
@@ -339,36 +311,26 @@ def regularise_and_prune(
     if method not in ("lobster", "serene", None):
         raise ValueError(f'method must be "lobster", "serene" or None, got {method!r}')
     if min(rounds, patience, epochs) < 1:
-        raise ValueError(
-            f"rounds, patience and epochs must be at least 1, got {rounds}, {patience}, {epochs}"
-        )
+        counts = (rounds, patience, epochs)
+        raise ValueError(f"rounds, patience and epochs must be at least 1, got {counts}")
     history = History() if history is None else history
     options: dict[str, Any] = {"progress": False, **(train or {}), "lr": lr}
-    history.bind(
-        recipe="sensitivity.regularise_and_prune",
-        method=method,
-        strength=strength,
-        sensitivity=sensitivity,
-        tolerance=tolerance,
-        patience=patience,
-        epochs=epochs,
-        biases=biases,
-        norms=norms,
-        seed=seed,
-        **options,
-    )
+    penalty = dict(method=method, strength=strength, sensitivity=sensitivity)
+    limits = dict(tolerance=tolerance, patience=patience, epochs=epochs, biases=biases, norms=norms)
+    history.bind(recipe="sensitivity", seed=seed, **penalty, **limits, **options)
+
+    def penalty_of(work: nn.Module) -> Any:
+        if method == "serene":
+            return serene(work, strength, sensitivity=sensitivity)
+        return nullcontext(lobster(strength, biases=biases, norms=norms) if method else None)
 
     def train_to_plateau(work: nn.Module, index: int) -> None:
         best, waited = math.inf, 0
         state: dict[str, Tensor] = {}
         for epoch in range(1, epochs + 1):
             options["seed"] = runs.derive(seed, index, epoch)
-            if method == "serene":
-                with serene(work, strength, sensitivity=sensitivity) as shrink:
-                    (record,) = fit(work, data, epochs=1, after_step=shrink, **options)
-            else:
-                step = lobster(strength, biases=biases, norms=norms) if method else None
-                (record,) = fit(work, data, epochs=1, after_step=step, **options)
+            with penalty_of(work) as after_step:
+                (record,) = fit(work, data, epochs=1, after_step=after_step, **options)
             waited += 1
             if record.valid_loss < best or not state:
                 best, waited = record.valid_loss, 0
@@ -378,19 +340,21 @@ def regularise_and_prune(
         work.load_state_dict(state)
         masks.refresh(work)
 
+    def gone_in(work: nn.Module) -> int:
+        return sum(int((~mask).sum()) for mask in masks.masks_of(work).values())
+
     def run() -> Iterator[Step]:
         work = masks.clone(history.last.model if len(history) else model)
         for index in range(len(history) + 1, rounds + 1):
             start = time.perf_counter()
             train_to_plateau(work, index)
             selected = prune_within(work, data, tolerance=tolerance, biases=biases, norms=norms)
-            before = sum(int((~mask).sum()) for mask in masks.masks_of(work).values())
+            before = gone_in(work)
             masks.apply(work, selected)
-            removed = sum(int((~mask).sum()) for mask in masks.masks_of(work).values()) - before
+            removed = gone_in(work) - before
             if not removed:
                 return
-            seconds = time.perf_counter() - start
-            step = measured(index, removed, work, data, seconds=seconds)
+            step = measured(index, removed, work, data, seconds=time.perf_counter() - start)
             history.append(step)
             yield step
 
@@ -401,19 +365,17 @@ def regularise_and_prune(
 
 
 def _targets(model: nn.Module, *, biases: bool, norms: bool) -> dict[str, tuple[nn.Module, str]]:
-    """Every trainable parameter that takes part, once, by name: its module and its name there."""
+    """Every parameter that takes part, once, by name: its module and its name there."""
     kinds = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
     layers = structure.prunable(model)
     targets: dict[str, tuple[nn.Module, str]] = {}
     seen: set[int] = set()  # shared parameters take part once
     for prefix, module in model.named_modules():
-        if prefix in layers:
-            leaves = ["weight", "bias"] if biases else ["weight"]
-        else:
-            leaves = ["weight", "bias"] if norms and isinstance(module, kinds) else []
-        for leaf in leaves:
+        norm = norms and isinstance(module, kinds)
+        wanted = {"weight": prefix in layers or norm, "bias": (prefix in layers and biases) or norm}
+        for leaf in (leaf for leaf, takes_part in wanted.items() if takes_part):
             parameter = _stored(module, leaf)
-            if parameter is not None and parameter.requires_grad and id(parameter) not in seen:
+            if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
                 targets[f"{prefix}.{leaf}" if prefix else leaf] = (module, leaf)
     return targets
@@ -431,17 +393,19 @@ def _stored(module: nn.Module, leaf: str) -> Tensor:
 
 
 def _shrink(module: nn.Module, leaf: str, share: Tensor) -> None:
-    """Take ``share`` of each weight away, where no mask has removed it."""
+    """Take ``share`` of each weight away, where it is neither masked nor frozen."""
     weight, mask = _stored(module, leaf), module._buffers.get(f"{leaf}_mask")
-    weight.addcmul_(weight, share if mask is None else share * mask, value=-1)
+    if weight.requires_grad:
+        weight.addcmul_(weight, share if mask is None else share * mask, value=-1)
 
 
-def _check(strength: float = 0, sensitivity: str = "full", tolerance: float = 0) -> None:
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength must be a share of the weight in [0, 1], got {strength!r}")
-    if sensitivity not in ("full", "lower_bound", "local"):
-        raise ValueError(
-            f'the sensitivity must be "full", "lower_bound" or "local", got {sensitivity!r}'
-        )
+def _check(
+    strength: float = 0, sensitivity: str = "full", tolerance: float = 0, resolution: float = 0
+) -> None:
+    for name, share in (("strength", strength), ("resolution", resolution)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} must be a share of the weights in [0, 1], got {share!r}")
+    if sensitivity not in get_args(Kind):
+        raise ValueError(f"the sensitivity must be one of {get_args(Kind)}, got {sensitivity!r}")
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance must be a finite share of the loss, 0 or more: {tolerance!r}")

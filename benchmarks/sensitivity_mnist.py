@@ -1,0 +1,264 @@
+"""LOBSTER and SeReNe on MNIST against magnitude pruning, at equal training and equal bound.
+
+    python benchmarks/sensitivity_mnist.py --tune
+    python benchmarks/sensitivity_mnist.py --net lenet_300_100 lenet5 --seeds 0 1 2
+
+Every method begins at the same dense network and goes through the same rounds: so many epochs,
+back to the best of them, then the largest threshold that keeps the loss on `valid` within the
+tolerance. They differ in the penalty alone: none (magnitude pruning), plain decay of all weights,
+LOBSTER, SeReNe. Plain decay is LOBSTER with every gradient taken as 0; it tells what the gradients
+add. Each method's strength is the one of three that removes most weights on seed 100, which is not
+among the seeds reported. For neurons, channels are also pruned by their norms, as many as SeReNe
+removed. LeNet-5 trains on a third of MNIST. A run that was cut off goes on where it was.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from common import RESULTS, write
+from torch import nn
+from tqdm import tqdm
+
+from pruning101 import sensitivity, structured
+from pruning101.core import masks, models
+from pruning101.core.data import Dataset, load
+from pruning101.core.files import written_whole
+from pruning101.core.measure import footprint
+from pruning101.core.steps import Step
+from pruning101.core.training import evaluate, fit
+
+LR = 0.1
+COMMON: dict[str, Any] = {"momentum": 0.0, "batch_size": 100, "precision": "bfloat16"}
+RECIPES: dict[str, dict[str, Any]] = {
+    "lenet_300_100": {
+        "images": None,
+        "dense_epochs": 8,
+        "rounds": 5,
+        "epochs": 3,
+        "methods": ["magnitude", "decay", "lobster", "serene_full", "serene_lower_bound"],
+    },
+    "lenet5": {
+        "images": {"train": 18000, "valid": 3000},
+        "dense_epochs": 6,
+        "rounds": 4,
+        "epochs": 2,
+        "methods": ["magnitude", "decay", "lobster", "serene_lower_bound"],
+    },
+}
+TOLERANCE = 0.05
+# Rounds are compared where the loss on valid is at most this much above the dense network's.
+BOUND = 1.1
+STRENGTHS = (1e-4, 5e-4, 2e-3)
+TUNING_SEED = 100
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--net", choices=RECIPES, nargs="+", default=list(RECIPES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tune", action="store_true", help="only try the strengths, on seed 100")
+    parser.add_argument("--root", help="folder of mnist.safetensors (default: the library's)")
+    parser.add_argument("--folder", type=Path, default=Path("runs/sensitivity_mnist"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "sensitivity_mnist.json")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    mnist = load("mnist", options.root)
+    jobs = []
+    for net in options.net:
+        for seed in [TUNING_SEED] if options.tune else options.seeds:
+            for method in RECIPES[net]["methods"]:
+                tried = STRENGTHS if options.tune and method != "magnitude" else [None]
+                jobs += [(net, seed, method, strength) for strength in tried]
+            if not options.tune:
+                jobs.append((net, seed, "channel_norms", None))
+    for net, seed, method, strength in tqdm(jobs, unit="run", file=sys.stderr):
+        sizes = RECIPES[net]["images"]
+        data = mnist.subset(**sizes) if sizes else mnist
+        if method == "channel_norms":
+            one_run(net, seed, method, 0.0, data, options.folder)
+        else:
+            if strength is None:
+                strength = chosen_strength(options.folder, net, method)
+            one_run(net, seed, method, strength, data, options.folder)
+        write(options.out.resolve(), collect(options.folder))
+
+
+def one_run(
+    net: str, seed: int, method: str, strength: float, data: Dataset, folder: Path
+) -> dict[str, Any]:
+    """Dense network, then one method's rounds; read back if it was done before."""
+    done = folder / f"{net}-{seed}-{method}-{strength:g}.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    recipe, start = RECIPES[net], time.perf_counter()
+    dense = models.build(net, in_channels=1, image_size=28, seed=seed)
+    dense.to(memory_format=torch.channels_last)
+    fit(
+        dense,
+        data,
+        epochs=recipe["dense_epochs"],
+        lr=LR,
+        seed=seed,
+        checkpoint=folder / f"{net}-{seed}-dense.pt",
+        **COMMON,
+    )
+    rounds, epochs = recipe["rounds"], recipe["epochs"]
+    if method == "channel_norms":
+        steps = structured.prune_iteratively(
+            dense,
+            data,
+            sparsity=share_of_neurons(folder, net, seed),
+            scope="global",
+            rounds=rounds,
+            epochs=epochs,
+            lr=LR,
+            retrain=COMMON,
+            seed=seed,
+        )
+    else:
+        name, _, kind = method.partition("_")
+        decay = strength / LR if method == "decay" else 0.0
+        steps = sensitivity.regularise_and_prune(
+            dense,
+            data,
+            method=name if name in ("lobster", "serene") else None,
+            strength=strength,
+            sensitivity=kind or "full",
+            tolerance=TOLERANCE,
+            rounds=rounds,
+            patience=epochs,
+            epochs=epochs,
+            lr=LR,
+            train={**COMMON, "weight_decay": decay},
+            seed=seed,
+        )
+    result = {
+        "net": net,
+        "seed": seed,
+        "method": method,
+        "strength": strength,
+        "dense": {
+            "valid_loss": evaluate(dense, data, "valid").loss,
+            "test_error": 100 * (1 - evaluate(dense, data, "test").accuracy),
+            "neurons": hidden(sizes(dense)),
+            "coded_bytes": footprint(dense, data.valid.images[:1].float()).coded_bytes,
+        },
+        "rounds": [described(step, dense) for step in steps],
+        "seconds": time.perf_counter() - start,
+    }
+    with written_whole(done) as part:
+        part.write_text(json.dumps(result))
+    return result
+
+
+def sizes(model: nn.Module) -> dict[str, int]:
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    return {name: len(module.weight) for name, module in layers}
+
+
+def hidden(count: dict[str, int]) -> int:
+    return sum(list(count.values())[:-1])  # the output layer's neurons are the classes
+
+
+def described(step: Step, dense: nn.Module) -> dict[str, Any]:
+    before, now = sizes(dense), sizes(step.model)
+    empty = sensitivity.removed_neurons(step.model)
+    gone = {layer: before[layer] - now[layer] + empty[layer] for layer in before}
+    weights = sum(m.weight.numel() for m in dense.modules() if hasattr(m, "weight"))
+    masks.refresh(step.model)
+    left = [m.weight for m in step.model.modules() if hasattr(m, "weight")]
+    return {
+        "valid_loss": step.loss,
+        "valid_error": 100 * (1 - step.accuracy),
+        "test_error": 100 * (1 - step.test_accuracy),
+        "weights_removed": 1 - sum(int(w.count_nonzero()) for w in left) / weights,
+        "neurons_removed": gone,
+        "hidden_neurons_removed": hidden(gone) / hidden(before),
+        "coded_bytes": step.footprint.coded_bytes,
+        "seconds": step.seconds,
+    }
+
+
+def within(run: dict[str, Any]) -> dict[str, Any] | None:
+    """The sparsest round of a run whose loss on valid is within the bound."""
+    limit = BOUND * run["dense"]["valid_loss"]
+    rounds = [r for r in run["rounds"] if r["valid_loss"] <= limit]
+    return max(rounds, key=lambda r: r["weights_removed"], default=None)
+
+
+def chosen_strength(folder: Path, net: str, method: str) -> float:
+    """The strength that removed most weights within the bound on the tuning seed."""
+    if method == "magnitude":
+        return 0.0
+    runs = read(folder, f"{net}-{TUNING_SEED}-{method}-*.json")
+    if not runs:
+        raise SystemExit(f"no strength was tried for {method} on {net}: run with --tune first")
+
+    def removed(run: dict[str, Any]) -> float:
+        best = within(run)
+        return best["weights_removed"] if best else 0.0
+
+    return max(runs, key=removed)["strength"]
+
+
+def share_of_neurons(folder: Path, net: str, seed: int) -> float:
+    """The share of hidden neurons that SeReNe had removed in its last round."""
+    (run,) = read(folder, f"{net}-{seed}-serene_lower_bound-*.json")
+    return run["rounds"][-1]["hidden_neurons_removed"]
+
+
+def read(folder: Path, pattern: str) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(pattern))]
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    return {
+        "mean": mean(values),
+        "std": stdev(values) if len(values) > 1 else None,
+        "n": len(values),
+    }
+
+
+def collect(folder: Path) -> dict[str, Any]:
+    """All runs that are done, by network and method: means over seeds, and every round."""
+    keys = ("weights_removed", "hidden_neurons_removed", "test_error", "coded_bytes")
+    nets: dict[str, Any] = {}
+    for net, recipe in RECIPES.items():
+        runs = read(folder, f"{net}-*.json")
+        reported = [run for run in runs if run["seed"] != TUNING_SEED]
+        summary = {}
+        for method in [*recipe["methods"], "channel_norms"]:
+            mine = [run for run in reported if run["method"] == method]
+            if not mine:
+                continue
+            inside = [best for run in mine if (best := within(run))]
+            last = [run["rounds"][-1] for run in mine]
+            summary[method] = {
+                "strength": mine[0]["strength"],
+                "seconds": spread([run["seconds"] for run in mine]),
+                "last_round": {k: spread([r[k] for r in last]) for k in (*keys, "valid_loss")},
+                "within_bound": {k: spread([r[k] for r in inside]) for k in keys}
+                if inside
+                else None,
+            }
+        nets[net] = {
+            "recipe": recipe,
+            "dense_test_error": spread([r["dense"]["test_error"] for r in reported])
+            if reported
+            else None,
+            "summary": summary,
+            "runs": reported,
+            "tuning": [run for run in runs if run["seed"] == TUNING_SEED],
+        }
+    settings = {"lr": LR, **COMMON, "tolerance": TOLERANCE, "bound": BOUND, "strengths": STRENGTHS}
+    return {"dataset": "mnist", "settings": settings, "nets": nets}
+
+
+if __name__ == "__main__":
+    main()
