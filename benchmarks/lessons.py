@@ -26,6 +26,7 @@ from pruning101.widgets import (
     magnitude,
     optimal_brain_damage,
     skeletonization,
+    structured,
 )
 
 
@@ -62,11 +63,18 @@ def lottery_tickets_widget() -> ipywidgets.VBox:
     return lottery_tickets.show(lottery_tickets.precompute(searches, digits, **training))
 
 
+def structured_widget() -> ipywidgets.VBox:
+    model = models.build("lenet5", in_channels=1, image_size=16)
+    digits = data.load("digits", image_size=16)
+    return structured.show(structured.precompute(model, digits, epochs=0))
+
+
 WIDGETS: dict[str, Callable[[], ipywidgets.VBox]] = {
     "skeletonization": skeletonization_widget,
     "optimal_brain_damage": optimal_brain_damage_widget,
     "magnitude": magnitude_widget,
     "lottery_tickets": lottery_tickets_widget,
+    "structured": structured_widget,
 }
 
 
