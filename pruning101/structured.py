@@ -24,6 +24,12 @@ from pruning101.core.semi_structured import semi_structured as semi_structured
 from pruning101.core.steps import History, Step, measured
 from pruning101.core.tracing import Example
 from pruning101.core.training import fit
+from pruning101.core.zeroed_channels import materialise as materialise
+from pruning101.sensitivity import lobster as lobster
+from pruning101.sensitivity import neuron_sensitivity as neuron_sensitivity
+from pruning101.sensitivity import prune_within as prune_within
+from pruning101.sensitivity import regularise_and_prune as regularise_and_prune
+from pruning101.sensitivity import serene as serene
 
 Kind = Literal["l1", "l2", "linf", "taylor", "batch_norm", "random"]
 Scope = Literal["group", "global"]
