@@ -383,6 +383,29 @@ def test_masks_become_permanent_and_count_as_zeros():
     assert model[0].out_features == 4
 
 
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.two.weight = self.one.weight
+        self.out = nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.two(torch.relu(self.one(x)))))
+
+
+def test_shared_weights_stay_shared():
+    model = made(Tied).double()
+    zero_rows(model.one, [1])
+    x = torch.randn(5, 6, generator=seeded()).double()
+    report = materialise(model, x)
+    assert report.removed == {}
+    assert "shares its weights" in report.kept["one"]
+    assert report.model.one.weight is report.model.two.weight
+
+
 class Mixed(nn.Module):
     """Its softmax over channels reads what no layer reads any more."""
 
@@ -435,6 +458,21 @@ def test_the_modules_it_may_leave_are_ordinary_ones():
             p.add_(1)
     other.load_state_dict(small.state_dict())
     assert difference(small, other, x) == 0
+
+
+def test_a_branch_whose_norm_is_zero_computes_nothing_any_more():
+    # As a residual network starts with zero_init_residual: the sum gets the norms' biases only.
+    model = made(lambda: nn.Sequential(nn.Conv2d(2, 6, 1), Residual(6), nn.Conv2d(6, 2, 1)))
+    model = model.double()
+    with torch.no_grad():
+        model[1].norm2.weight.zero_()
+    for partial, width in (("keep", 6), ("scatter", 1)):
+        report = materialise(model, image(), partial=partial)
+        block = report.model[1]
+        assert block.conv1.out_channels == 1
+        assert getattr(block.conv2, "layer", block.conv2).out_channels == width
+        assert "'0' makes them, too" in report.kept["1.norm2"]
+        assert difference(model, report.model, image(seed=1)) < 1e-12
 
 
 def test_a_materialised_network_can_lose_more():

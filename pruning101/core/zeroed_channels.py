@@ -73,8 +73,9 @@ def materialise(
     A channel of a residual stream can only go if *everyone* who reads it can do without: it stays
     if one branch still writes to it. With ``partial="scatter"`` layers that keep rows of zeros
     compute only the others, and a :class:`~pruning101.core.carried.Scattered` puts these in their
-    places: fewer parameters and multiplications, at the price of a copy. Channels that a norm over
-    channels reads (the streams of ConvNeXt and ViT) always stay. ``kept`` says so, layer by layer.
+    places: fewer parameters and multiplications, at the price of a copy, and of a network whose
+    channels cannot be traced any more: let it be the last step. Channels that a norm over channels
+    reads (the streams of ConvNeXt and ViT) always stay. ``kept`` says so, layer by layer.
 
     The number of parameters never grows. New parameters are new tensors: an optimiser made before
     still holds the old ones and must be made anew.
@@ -176,6 +177,10 @@ def _why_not(
 ) -> list[str]:
     """Return for each channel of the group why it has to stay, or nothing."""
     hints = [""] * group.channels  # what made something of its constant
+    shared = _shared(model)
+    for member in group.members:
+        if member.role != "heads" and id(member_weight(model, member)) in shared:
+            return [f"{member.layer!r} shares its weights with another layer"] * group.channels
     for member in group.others:
         if member.role == "parameter":
             continue
@@ -199,7 +204,7 @@ def _why_not(
     folding = torch.zeros(group.channels, dtype=torch.bool)
     for member in group.consumers:
         module = model.get_submodule(member.layer)
-        if type(module) not in _READERS or _is_shared(model, member):
+        if type(module) not in _READERS:
             return [f"how {member.layer!r} reads them is not known"] * group.channels
         weight = member_weight(model, member)
         weight = _without(weight, 1 - cast(int, member.axis), cut[member.layer, "out"])
@@ -237,9 +242,10 @@ def _reaching(inflow: dict[str, Tensor], reader: Member) -> Tensor:
     return inflow[reader.layer].cpu()[reader.index]
 
 
-def _is_shared(model: nn.Module, member: Member) -> bool:
-    weight = member_weight(model, member)
-    return sum(p is weight for _, p in model.named_parameters(remove_duplicate=False)) > 1
+def _shared(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters that several layers have in common."""
+    count = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return {i for i, times in count.items() if times > 1}
 
 
 def _used(weight: Tensor, axis: int | None) -> Tensor:
