@@ -21,6 +21,7 @@ from pruning101.core.channels import ChannelGroup, Member
 from pruning101.core.data import Dataset
 from pruning101.core.gradients import gradients as gradients
 from pruning101.core.semi_structured import semi_structured as semi_structured
+from pruning101.core.semi_structured import to_semi_structured as to_semi_structured
 from pruning101.core.steps import History, Step, measured
 from pruning101.core.tracing import Example
 from pruning101.core.training import fit
@@ -141,7 +142,7 @@ def _values(
 def _per_channel(group: ChannelGroup, member: Member, values: Tensor, *, largest: bool) -> Tensor:
     """Gather a layer's values by the group's channels: [channels]."""
     axis = 0 if member.axis is None else member.axis
-    rows = values.transpose(0, axis).flatten(1)  # [positions, ...]
+    rows = values.transpose(0, axis).reshape(values.shape[axis], -1)  # [positions, weights]
     each = rows.max(1).values if largest else rows.sum(1)
     index, channel = member.index.to(each.device), member.channel.to(each.device)
     return each.new_zeros(group.channels).scatter_reduce(

@@ -37,6 +37,12 @@ def example(size=64, batch=1):
 
 
 def mlp():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return _mlp()
+
+
+def _mlp():
     layers = [("fc1", nn.Linear(6, 8)), ("relu1", nn.ReLU()), ("fc2", nn.Linear(8, 7))]
     layers += [("norm2", nn.BatchNorm1d(7)), ("relu2", nn.ReLU()), ("fc3", nn.Linear(7, 3))]
     return nn.Sequential(OrderedDict(layers))
@@ -391,7 +397,11 @@ CASES = [
 @pytest.mark.parametrize(("name", "layer", "units"), CASES)
 @torch.no_grad()
 def test_removal_equals_silencing(network, name, layer, units):
-    x = torch.randn(4, 6) if name == "mlp" else example(66, batch=2)
+    x = (
+        torch.randn(4, 6, generator=torch.Generator().manual_seed(3))
+        if name == "mlp"
+        else example(66, batch=2)
+    )
     model = {"mlp": mlp, "conv_net": conv_net}.get(name, lambda: network(name))()
     model = with_statistics(model, x)
     (group,) = structure.channel_groups(model, x, layers=[layer])

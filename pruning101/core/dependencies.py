@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from pruning101.core import surgery
 from pruning101.core.attention import Heads, NarrowAttention, heads_of
@@ -109,9 +110,17 @@ class Graph:
             for parameter in model.parameters():
                 parameter.requires_grad_(True)
             outputs: list[Any] = []
+            arrived: list[Tensor] = []
+
+            def mark(tensor: Tensor) -> Tensor:
+                """Make the network's input visible in the graph."""
+                if not tensor.is_floating_point():
+                    return tensor
+                arrived.append(tensor.requires_grad_(True) * 1)
+                return arrived[-1]
 
             def run(network: nn.Module, arguments: tuple[Any, ...]) -> Any:
-                outputs.append(network(*arguments))
+                outputs.append(network(*tree_map_only(Tensor, mark, arguments)))
                 return outputs[0]
 
             try:
@@ -135,6 +144,7 @@ class Graph:
                 ) from error
         self.output_shapes = [t.shape for t in tensors_in(outputs)]
         self._nodes = self.graph.module2node
+        self._arrived = [tensor.grad_fn for tensor in arrived]
         self._blind = self._find_blind()
         # A depthwise convolution's channels are those of the layer before it.
         self.roots = [
@@ -251,6 +261,8 @@ class Graph:
             )
         if not node.outputs and out:
             raise Fixed("they are the network's output")
+        if any(node.grad_fn is arrival for arrival in self._arrived):
+            raise Fixed("they meet the network's input")
         operation = type(node.grad_fn).__name__
         if isinstance(node.module, nn.Parameter):
             name, extent = self.graph._param_to_name[node.module], self.graph.get_out_channels(node)

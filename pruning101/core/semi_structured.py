@@ -5,7 +5,10 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import BoolTensor, Tensor
+from torch import BoolTensor, Tensor, nn
+
+from pruning101.core import masks
+from pruning101.core.runs import device_of, has_bfloat16
 
 
 def semi_structured(
@@ -39,3 +42,37 @@ def semi_structured(
         mask = mask.flatten(-2)[..., :inputs].movedim(-1, 1).contiguous()
         result[name] = cast(BoolTensor, mask)
     return result
+
+
+def to_semi_structured(model: nn.Module) -> nn.Module:
+    """Return a copy whose linear layers with 2:4 zeros multiply on a GPU's sparse tensor cores.
+
+    Masks are made permanent; a layer of which every four inputs in a row have at most two weights
+    gets torch's compressed weight, which computes the same and cannot be trained. Convolutions
+    have no such kernel in torch. The weights must be in half precision and of sizes that the kernel
+    takes (multiples of 32 and 64).
+
+    Raises:
+        ValueError: not on an NVIDIA GPU of compute capability 8.0 or more, or no layer is 2:4.
+    """
+    device = device_of(model)
+    if not has_bfloat16(device):
+        raise ValueError(
+            f"2:4 weights need an NVIDIA GPU of compute capability 8.0 or more, and the model is on "
+            f"{str(device)!r}; elsewhere keep the zeros as masks."
+        )
+    model = masks.clone(model)
+    masks.make_permanent(model)
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and _is_two_of_four(m.weight)]
+    if not layers:
+        raise ValueError("No linear layer is 2:4; apply masks of semi_structured first.")
+    for layer in layers:
+        compressed = torch.sparse.to_sparse_semi_structured(layer.weight.detach())
+        layer.weight = nn.Parameter(compressed, requires_grad=False)
+    return model
+
+
+def _is_two_of_four(weight: Tensor) -> bool:
+    if weight.shape[1] % 4:
+        return False
+    return bool((weight.unflatten(1, (-1, 4)).count_nonzero(2) <= 2).all())
