@@ -34,11 +34,10 @@ SETTING: dict[str, Any] = {
     "evaluate_every": 100,
 }
 RATE, OUTPUT_RATE = 0.2, 0.1
-# Rounds at which the same masks are trained from other weights, once the search has come how far.
-REINITIALISED = {7: 7, 3: 9, 9: 9}
-CONTROLS_AT = 7  # 21.1 %: random and sign tickets, one-shot
+REINITIALISED_AT = 3  # 51.3 %
+CONTROLS_AT = 7  # 21.1 %: all the controls
 INSTABILITY = {"rewind_to": (0, 500), "iterations": 2000, "seeds": (0, 1)}
-PARTS = ("search", "instability")
+PARTS = ("search", "controls", "instability")
 PAPER = {
     "source": "Frankle and Carbin 2019, LeNet-300-100: section 2 and appendix",
     "ticket at 21.1 %": "early stop 38 % earlier than dense (ratio 0.62)",
@@ -53,7 +52,7 @@ PAPER = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--rounds", type=int, nargs="+", default=[7, 9], help="in such stages")
+    parser.add_argument("--rounds", type=int, default=CONTROLS_AT)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--root", help="folder of mnist.safetensors (default: the library's)")
     parser.add_argument("--folder", type=Path, default=Path("runs/lottery_tickets_mnist"))
@@ -63,22 +62,18 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     data = load("mnist", options.root)
     out = options.out.resolve()
-    for rounds in options.rounds if "search" in options.parts else []:
+    steps = {"search": search, "controls": controls, "instability": barriers}
+    for part in options.parts:
         for seed in options.seeds:
-            one_seed(seed, rounds, data, options.folder)
-            write(out, collect(options.folder))
-    for seed in options.seeds if "instability" in options.parts else []:
-        if seed in INSTABILITY["seeds"]:
-            barriers(seed, data, options.folder)
+            steps[part](seed, options.rounds, data, options.folder)
             write(out, collect(options.folder))
 
 
-def one_seed(seed: int, rounds: int, data: Dataset, folder: Path) -> None:
-    """Search up to ``rounds`` and train the controls that belong there; what is done stays done."""
-    network = untrained(seed)
+def search(seed: int, rounds: int, data: Dataset, folder: Path) -> None:
+    """Search up to ``rounds``, then the last ticket with new weights; what is done stays done."""
     history = History.resume(folder / f"{seed}-search")
     for _ in lottery_tickets.find_ticket(
-        network,
+        untrained(seed),
         data,
         rounds=rounds,
         rate=RATE,
@@ -88,33 +83,45 @@ def one_seed(seed: int, rounds: int, data: Dataset, folder: Path) -> None:
         **SETTING,
     ):
         pass
-    path = folder / f"{seed}-controls.json"
+    if rounds >= CONTROLS_AT:
+        reinitialised(seed, history[CONTROLS_AT], data, folder)
 
-    def control(name: str, make: Callable[[], nn.Module], round_: int, train_seed: int) -> None:
-        def compute() -> dict[str, Any]:
-            run = lottery_tickets.train(make(), data, seed=train_seed, **SETTING)
-            return {"round": round_, **watched(run)}
 
-        once(path, name, compute)
-
-    for round_, after in REINITIALISED.items():
-        if rounds < after:
-            continue
-        number = runs.derive(seed, round_, 0)
-
-        def renewed(round_: int = round_, number: int = number) -> nn.Module:
-            return lottery_tickets.random_reinitialisation(
-                history[round_], seed=number, initialise=lottery_tickets.gaussian_glorot
-            )
-
-        control(f"reinitialised {round_} 0", renewed, round_, number)
+def controls(seed: int, rounds: int, data: Dataset, folder: Path) -> None:
+    """The ticket in random places, of signs alone, made at once; an earlier one reinitialised."""
+    history = History.load(folder / f"{seed}-search")
     ticket = history[CONTROLS_AT]
-    number = runs.derive(seed, CONTROLS_AT, 100)
-    control(
-        "random 0", lambda: lottery_tickets.random_ticket(ticket, seed=seed), CONTROLS_AT, number
+    for name, network in (
+        ("random", lottery_tickets.random_ticket(ticket, seed=seed)),
+        ("signs", lottery_tickets.sign_ticket(ticket)),
+        ("one-shot", one_shot(history[0])),
+    ):
+        control(name, CONTROLS_AT, network, runs.derive(seed, CONTROLS_AT, 100), data, folder, seed)
+    reinitialised(seed, history[REINITIALISED_AT], data, folder)
+
+
+def reinitialised(seed: int, ticket: Ticket, data: Dataset, folder: Path) -> None:
+    number = runs.derive(seed, ticket.index, 0)
+    network = lottery_tickets.random_reinitialisation(
+        ticket, seed=number, initialise=lottery_tickets.gaussian_glorot
     )
-    control("signs 0", lambda: lottery_tickets.sign_ticket(ticket), CONTROLS_AT, number)
-    control("one-shot 0", lambda: one_shot(history[0]), CONTROLS_AT, number)
+    control("reinitialised", ticket.index, network, number, data, folder, seed)
+
+
+def control(
+    name: str,
+    round_: int,
+    network: nn.Module,
+    train_seed: int,
+    data: Dataset,
+    folder: Path,
+    seed: int,
+) -> None:
+    def compute() -> dict[str, Any]:
+        run = lottery_tickets.train(network, data, seed=train_seed, **SETTING)
+        return {"round": round_, **watched(run)}
+
+    once(folder / f"{seed}-controls.json", f"{name} {round_}", compute)
 
 
 def untrained(seed: int) -> nn.Module:
@@ -135,10 +142,22 @@ def one_shot(dense: Ticket) -> nn.Module:
     return ticket
 
 
-def barriers(seed: int, data: Dataset, folder: Path) -> None:
+def barriers(seed: int, rounds: int, data: Dataset, folder: Path) -> None:
     """Instability of the dense network, the ticket and a random ticket, from several iterations."""
+    if seed not in INSTABILITY["seeds"]:
+        return
     history = History.load(folder / f"{seed}-search")
     ticket = history[CONTROLS_AT]
+    path = folder / f"{seed}-instability.json"
+    other = folder / f"{seed + 1}-search"
+    if other.exists():  # for scale: two trainings from different weights
+        alphas = tuple(i / 10 for i in range(11))
+
+        def apart() -> dict[str, Any]:
+            ends = history[0].model, History.load(other)[0].model
+            return line(alphas, lottery_tickets.interpolate(*ends, alphas, data))
+
+        once(path, "two_initialisations 0", apart)
     networks = {
         "dense": history[0].ticket,
         "ticket": ticket.ticket,
@@ -155,18 +174,22 @@ def barriers(seed: int, data: Dataset, folder: Path) -> None:
                     iterations=INSTABILITY["iterations"],
                     seed=seed,
                 )
-                errors = [round(e, 5) for e in found.errors]
-                return {"value": found.value, "alphas": found.alphas, "errors": errors}
+                return line(found.alphas, found.errors)
 
-            once(folder / f"{seed}-instability.json", f"{name} {rewind_to}", compute)
+            once(path, f"{name} {rewind_to}", compute)
+
+
+def line(alphas: Sequence[float], errors: Sequence[float]) -> dict[str, Any]:
+    found = lottery_tickets.Instability(tuple(alphas), tuple(errors))
+    return {"value": found.value, "errors": [round(e, 5) for e in errors]}
 
 
 def once(path: Path, name: str, compute: Callable[[], Any]) -> None:
     """Add ``compute()`` to a file of results, unless it is there already."""
-    found = json.loads(path.read_text()) if path.exists() else {}
-    if name not in found:
-        found[name] = compute()
-        path.write_text(json.dumps(found))
+    if name not in (json.loads(path.read_text()) if path.exists() else {}):
+        entry = compute()  # which takes long enough for another process to add its own
+        found = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(found | {name: entry}))
 
 
 def watched(run: Run | Ticket) -> dict[str, Any]:
@@ -274,7 +297,7 @@ def unstable(folder: Path) -> list[dict[str, Any]]:
         {
             "network": name.split()[0],
             "rewind_to": int(name.split()[1]),
-            "iterations": INSTABILITY["iterations"],
+            "iterations": SETTING["iterations"] if "two" in name else INSTABILITY["iterations"],
             "seeds": len(entries),
             "instability": spread([e["value"] for e in entries]),
             "errors": [
