@@ -14,17 +14,19 @@ As everywhere in the library, the lowest scores go first.
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import BoolTensor, Tensor, nn
 from torch.autograd import grad
 from tqdm import tqdm
 
-from pruning101.core import curvature, masks, runs, structure, tracing
+from pruning101.core import curvature, flow, masks, runs
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Scores = dict[str, Tensor]
+Masks = dict[str, BoolTensor]
+Group = tuple[str, ...]  # names of weights that compete with each other
 
 # --- scores ------------------------------------------------------------------------------------
 
@@ -45,10 +47,10 @@ def snip(model: nn.Module, batches: Batches, *, loss: str = "cross_entropy") -> 
     if loss not in curvature.LOSSES:
         raise ValueError(f"loss must be one of {', '.join(curvature.LOSSES)}, got {loss!r}.")
     work = _trainable_copy(model)
-    weights = _weights(work)
+    weights = flow.weights_of(work)
     slopes, images = _zeros(weights), 0
     for x, y in _moved(work, batches):
-        error = curvature.summed_error(_run(work, x), y, loss)
+        error = curvature.summed_error(flow.run(work, x), y, loss)
         _add(slopes, grad(error, list(weights.values()), allow_unused=True))
         images += len(x)
     found = {n: (w.detach() * slopes[n]).abs() / _some(images) for n, w in weights.items()}
@@ -72,11 +74,11 @@ def grasp(model: nn.Module, batches: Batches, *, temperature: float = 200.0) -> 
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a finite number above 0, got {temperature!r}.")
     work = _trainable_copy(model)
-    weights, kept = _weights(work), masks.masks_of(model)
+    weights, kept = flow.weights_of(work), masks.masks_of(model)
     batches = _repeatable(batches)
 
     def gradients(x: Tensor, y: Tensor, *, again: bool) -> tuple[Tensor | None, ...]:
-        outputs = _run(work, x) / temperature
+        outputs = flow.run(work, x) / temperature
         error = curvature.summed_error(outputs, y, "cross_entropy")
         return grad(error, list(weights.values()), allow_unused=True, create_graph=again)
 
@@ -113,9 +115,9 @@ def synflow(model: nn.Module, batches: Batches | Tensor) -> Scores:
         ValueError: a network that is no product of weights even so, as with attention, layer norms
             or gates; no batches; a model without prunable layers; scores that are not finite.
     """
-    flow, ones = _flow(model, batches)
-    found = _flow_scores(flow, _weights(flow), ones)
-    return {name: score.to(_place(model)) for name, score in found.items()}
+    network, ones = flow.network(model, _example(batches))
+    found = flow.scores(network, flow.weights_of(network), ones)
+    return {name: score.to(runs.device_of(model)) for name, score in found.items()}
 
 
 def random_scores(model: nn.Module, *, seed: int = 0) -> Scores:
@@ -128,7 +130,7 @@ def random_scores(model: nn.Module, *, seed: int = 0) -> Scores:
     """
     generator, kept = torch.Generator().manual_seed(seed), masks.masks_of(model)
     found = {}
-    for name, weight in _weights(_plain_copy(model)).items():
+    for name, weight in flow.weights_of(flow.plain_copy(model)).items():
         drawn = 1 - torch.rand(weight.shape, generator=generator)  # [0, 1) to (0, 1]
         found[name] = drawn.to(weight.device) * kept.get(name, 1)
     return found
@@ -175,25 +177,16 @@ def prune_at_initialisation(
         raise ValueError(f'scope must be "global" or "layer", not {scope!r}.')
     if not isinstance(sparsity, int | float) or not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity must be a share in [0, 1], not {sparsity!r}.")
-    batches = batches if isinstance(batches, Tensor) else _repeatable(batches)
-    work = masks.clone(model)
+    if function is synflow:
+        steps = _flow_rounds(model, batches, sparsity, rounds, scope)
+    else:
+        steps = _rounds(model, function, _repeatable(batches), sparsity, rounds, scope)
+    hidden = not (progress and sys.stderr and sys.stderr.isatty())
     bar = tqdm(
-        total=rounds,
-        desc="pruning at initialisation",
-        unit="round",
-        leave=False,
-        disable=not (progress and sys.stderr and sys.stderr.isatty()),
+        steps, "pruning at initialisation", rounds, unit="round", leave=False, disable=hidden
     )
-    kept = masks.masks_of(work)
-    with bar:
-        for k in range(1, rounds + 1):
-            found = function(work, batches)
-            for name, values in found.items():
-                whole = torch.ones_like(values, dtype=torch.bool)
-                kept.setdefault(name, cast(BoolTensor, whole))
-            kept = _cut(found, kept, sparsity, 1 / (rounds + 1 - k), scope)
-            masks.apply(work, kept)
-            bar.update()
+    for found in bar:
+        kept = found
     return kept
 
 
@@ -225,124 +218,125 @@ def _score(score: str | Callable[..., Scores], seed: int) -> Callable[[nn.Module
 
 
 def _magnitudes(model: nn.Module, batches: Batches) -> Scores:
-    return {name: weight.detach().abs() for name, weight in _weights(_plain_copy(model)).items()}
+    return {
+        name: weight.detach().abs()
+        for name, weight in flow.weights_of(flow.plain_copy(model)).items()
+    }
 
 
-def _cut(
-    scores: Scores,
-    kept: dict[str, BoolTensor],
+def _rounds(
+    model: nn.Module,
+    function: Callable[[nn.Module, Batches], Scores],
+    batches: Batches,
     sparsity: float,
-    step: float,
-    scope: Literal["global", "layer"],
-) -> dict[str, BoolTensor]:
-    """Go the share ``step`` of what is left of the way to ``sparsity``, on a geometric schedule."""
-    if scope == "layer":
-        result: dict[str, BoolTensor] = {}
-        for name in scores:
-            result |= _cut({name: scores[name]}, {name: kept[name]}, sparsity, step, "global")
-        return result
-    weights = sum(mask.numel() for mask in kept.values())
-    density = sum(int(mask.sum()) for mask in kept.values()) / weights
-    if round(sparsity * weights) < weights - round(density * weights):
+    rounds: int,
+    scope: str,
+) -> Iterator[Masks]:
+    """Score, remove, yield the masks; the scores always of the masked model."""
+    work = masks.clone(model)
+    kept, schedules = masks.masks_of(model), cast(dict[Group, Any], {})
+    for k in range(1, rounds + 1):
+        found = function(work, batches)
+        if k == 1:
+            kept = {n: kept.get(n, _whole(s)) for n, s in found.items()}
+            schedules = {g: _schedule(kept, g, sparsity) for g in _groups(found, scope)}
+        after: Masks = {}
+        for group, share in schedules.items():
+            after |= _cut(found, kept, group, share(k / rounds))
+        kept = after
+        masks.apply(work, kept)
+        yield kept
+
+
+def _flow_rounds(
+    model: nn.Module, batches: Batches, sparsity: float, rounds: int, scope: str
+) -> Iterator[Masks]:
+    """The same for SynFlow, at little more than the price of the passes.
+
+    The network of R is made once. Flow is never negative and what has none never gets any, so a
+    round need only zero the few weights that it removes; the masks are read off at the end.
+    """
+    network, ones = flow.network(model, _example(batches))
+    # The layout that convolutions in float64 are fastest in.
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    weights, kept = flow.weights_of(network), masks.masks_of(model)
+    kept = {n: cast(BoolTensor, kept.get(n, _whole(w)).to(w.device)) for n, w in weights.items()}
+    schedules = {g: _schedule(kept, g, sparsity) for g in _groups(weights, scope)}
+    # What is kept is, in each group, what scored above the threshold of the last round.
+    scores: Scores = {n: mask.double() for n, mask in kept.items()}
+    above = dict.fromkeys(schedules, 0.0)
+    for k in range(1, rounds + 1):
+        before, scores = scores, flow.scores(network, weights, ones)
+        for group, share in schedules.items():
+            here = [weights[n].detach() for n in group]
+            threshold = flow.zero_lowest(here, [scores[n] for n in group], share(k / rounds))
+            if threshold is None:
+                kept = {n: cast(BoolTensor, before[n] > above[group]) for n in group}
+                kept = _cut(scores, kept, group, share(k / rounds))
+                for name, weight in zip(group, here, strict=True):
+                    weight.mul_(kept[name])
+                    scores[name] = kept[name].double()
+            above[group] = threshold or 0.0
+        if k < rounds:
+            yield {}
+    yield {
+        n: cast(BoolTensor, (scores[n] > above[group]).contiguous().to(runs.device_of(model)))
+        for group in schedules
+        for n in group
+    }
+
+
+def _groups(names: Iterable[str], scope: str) -> list[Group]:
+    """Which weights compete."""
+    return [tuple(names)] if scope == "global" else [(name,) for name in names]
+
+
+def _schedule(first: Masks, group: Group, sparsity: float) -> Callable[[float], float]:
+    """The sparsity at a share of the way from the first masks' to the last, geometrically."""
+    weights = sum(first[n].numel() for n in group)
+    kept = sum(int(first[n].sum()) for n in group)
+    if round(sparsity * weights) < weights - kept:
         raise ValueError(
-            f"the masks of {', '.join(kept)} already make a sparsity of {1 - density:.4g}, and "
+            f"the masks that are there already make a sparsity of {1 - kept / weights:.4g}, and "
             f"{sparsity:.4g} was asked for; ask for more, or start from the dense model."
         )
-    if step < 1:
-        sparsity = 1 - density * ((1 - sparsity) / density) ** step if density else 1.0
+    density = kept / weights
+
+    def share(progress: float) -> float:
+        if progress == 1 or not kept:
+            return sparsity
+        return 1 - density * ((1 - sparsity) / density) ** progress
+
+    return share
+
+
+def _cut(scores: Scores, kept: Masks, group: Group, share: float) -> Masks:
     # What is gone ranks below all that is left, whatever the score says of it.
-    return masks.from_scores(
-        {name: score.masked_fill(~kept[name], -math.inf) for name, score in scores.items()},
-        sparsity,
-    )
+    ranked = {n: scores[n].masked_fill(~kept[n], -math.inf) for n in group}
+    return masks.from_scores(ranked, share)
+
+
+def _whole(like: Tensor) -> BoolTensor:
+    return cast(BoolTensor, torch.ones_like(like, dtype=torch.bool, requires_grad=False))
 
 
 # --- the model, prepared -----------------------------------------------------------------------
 
 
-def _plain_copy(model: nn.Module) -> nn.Module:
-    """Copy the model into evaluation mode, its masks made permanent, nothing frozen."""
-    work = masks.clone(model)
-    masks.make_permanent(work)
-    return work.eval().requires_grad_(True)
-
-
 def _trainable_copy(model: nn.Module) -> nn.Module:
     """Copy the model as it is in training, but for dropout."""
-    work = _plain_copy(model)
+    work = flow.plain_copy(model)
     for module in work.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.train()
     return work
 
 
-def _weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights that may go, by name; one that several layers share has the first one's name."""
-    found: dict[str, nn.Parameter] = {}
-    for layer, module in structure.prunable(model).items():
-        weight = module._parameters.get("weight")
-        if weight is None:
-            raise ValueError(
-                f"the weight of {layer!r} is computed from other parameters (a parametrization); "
-                "make it a plain one first, with torch.nn.utils.parametrize."
-            )
-        if all(weight is not other for other in found.values()):
-            found[f"{layer}.weight".removeprefix(".")] = weight
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no convolution or linear layer, so there is nothing to "
-            "score; give a model that has some."
-        )
-    return found
-
-
-def _flow(model: nn.Module, batches: Batches | Tensor) -> tuple[nn.Module, Tensor]:
-    """The network of R: absolute weights in float64, nothing else but linear; and its input."""
-    where = _place(model)
-    flow = _plain_copy(model).to("cpu" if where.type == "mps" else where, torch.float64)
-    _weights(flow)
-    for module in list(flow.modules()):
-        for leaf, child in module._modules.items():
-            if child is not None and "" in structure.activations(child):
-                module._modules[leaf] = nn.Identity()
-    with torch.no_grad():
-        for name, parameter in flow.named_parameters():
-            parameter.zero_() if name.endswith("bias") else parameter.abs_()
-        for module in flow.modules():
-            if (
-                isinstance(module, nn.modules.batchnorm._BatchNorm)
-                and module.running_mean is not None
-            ):
-                module.running_mean.zero_()
-    if isinstance(batches, Tensor):
-        images = batches
-    else:
-        images = next((x for x, _ in _pairs(batches)), torch.empty(0))
-    _some(len(images))
-    ones = torch.ones(1, *images.shape[1:], dtype=torch.float64, device=_place(flow))
-    with torch.no_grad():
-        once, twice = _run(flow, ones), _run(flow, 2 * ones)
-        if not torch.allclose(twice, 2 * once, rtol=1e-9, atol=0, equal_nan=True):
-            raise ValueError(
-                f"SynFlow is defined for products of weights, and {type(model).__name__} is none "
-                "even with positive weights and without biases and activations: something in it "
-                "(attention, a layer norm, a gate) is not linear; use snip, grasp or magnitude."
-            )
-    return flow, ones
-
-
-def _flow_scores(flow: nn.Module, weights: dict[str, nn.Parameter], ones: Tensor) -> Scores:
-    slopes = grad(_run(flow, ones).sum(), list(weights.values()), materialize_grads=True)
-    return _finite({n: w.detach() * s for (n, w), s in zip(weights.items(), slopes, strict=True)})
-
-
-def _run(model: nn.Module, images: Tensor) -> Tensor:
-    with tracing.plain_attention():  # fused attention has a first derivative only
-        return model(images)
-
-
-def _place(model: nn.Module) -> torch.device:
-    return runs.device_of(model)
+def _example(batches: Batches | Tensor) -> Tensor:
+    if not isinstance(batches, Tensor):
+        batches = next((x for x, _ in _pairs(batches)), torch.empty(0))
+    _some(len(batches))
+    return batches
 
 
 def _pairs(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
