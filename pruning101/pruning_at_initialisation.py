@@ -37,7 +37,7 @@ def snip(model: nn.Module, batches: Batches, *, loss: str = "cross_entropy") -> 
     ``L`` is the mean loss ("cross_entropy" or "squared_error") over all images in ``batches``.
     The model, which is left as it is, runs as in its first training step: batch norms use the
     statistics of each batch, since an untrained network has no others. Only dropout is off. Keyed
-    by parameter name, in the shapes of the weights; a masked weight scores 0. Eqs. 5 and 6 of the
+    by parameter name, in the shapes of the weights; a masked weight scores 0. Section 4 of the
     paper, without its division by the sum, which changes no rank.
 
     Raises:
@@ -65,8 +65,8 @@ def grasp(model: nn.Module, batches: Batches, *, temperature: float = 200.0) -> 
     ``|g|**2`` by ``-2 w (H g)``. The paper's score is ``-w (H g)`` and the paper removes the
     highest, those whose removal raises the norm of the gradient most; the sign is turned here so
     that they are the lowest, as the library has it. Scores have both signs. The model is left as
-    it is and runs as for :func:`snip`; a masked weight scores 0 and has no part in g. Eq. 8 and
-    algorithm 1 of the paper.
+    it is and runs as for :func:`snip`; a masked weight scores 0 and has no part in g. Section 4 of
+    the paper.
 
     Raises:
         ValueError: a temperature that is not positive, and what :func:`snip` raises.
@@ -106,14 +106,15 @@ def synflow(model: nn.Module, batches: Batches | Tensor) -> Scores:
 
     R has no place for what is not a weight. Biases and the shifts of batch norms are left out;
     batch norms keep their factor ``|gamma| / sqrt(running variance + eps)``. (The authors' code
-    takes absolute values of biases and shifts instead, and then nothing is conserved.) Activation
-    modules are left out too: where all signals are positive a ReLU does nothing, and others have
-    no part in the definition. Pooling and residual additions stay. float64, because R of a deep
-    network overflows float32: it grows by orders of magnitude with each layer.
+    keeps the absolute values of biases and shifts, and then the weights' scores alone are not
+    conserved.) Activation modules are left out too: where all signals are positive a ReLU does
+    nothing, and others have no part in the definition. Pooling and residual additions stay.
+    float64, because R of a deep network overflows float32: it grows several-fold with each layer.
 
     Raises:
         ValueError: a network that is no product of weights even so, as with attention, layer norms
-            or gates; no batches; a model without prunable layers; scores that are not finite.
+            or gates, or that nothing flows through; no batches; a model without prunable layers;
+            scores that are not finite.
     """
     network, ones = flow.network(model, _example(batches))
     found = flow.scores(network, flow.weights_of(network), ones)

@@ -369,3 +369,15 @@ def test_the_output_projection_of_attention_stays_masked_and_still_trains():
     assert (effective[~mask] == 0).all()
     assert torch.equal(effective[mask], model[0].out_proj.weight_orig[mask])
     assert len(model[0]._forward_pre_hooks) == 1
+
+
+def test_a_forward_pass_lets_the_old_effective_weight_go_before_it_makes_the_new(monkeypatch):
+    model, effective, there = half_masked(), masks._effective, []
+
+    def watched(module, leaf):
+        there.append(leaf in vars(module))
+        return effective(module, leaf)
+
+    monkeypatch.setattr(masks, "_effective", watched)
+    model(torch.ones(2, 1, 6, 6))
+    assert there == [False, False]
