@@ -2,13 +2,13 @@
 
     python benchmarks/structured_against_unstructured.py --seeds 0 1 2
 
-LeNet-5 on 12,800 images of MNIST. Every method begins with the same trained network and
-gets the same number of rounds and epochs; the dense reference trains on for just as many (was it
-pruning, or only training longer?). A method's row is its sparsest network whose accuracy on `valid`
-is within `tolerance` of the dense reference's; `test` is only reported. Rounds, final sparsities
-and the strengths of the regularisers were chosen on `valid` of seed 100, which is not reported.
-Latencies of a seed's networks are measured in turns, in one run. Whatever is done is kept in
-`--folder`, and a run that was cut off goes on where it was.
+LeNet-5 on 6,400 images of MNIST. Every method begins with the same trained network and gets the
+same number of rounds and epochs; the dense reference trains on for just as many (was it pruning, or
+only training longer?). A method's row is its sparsest network whose accuracy on `valid` is within
+`tolerance` of the dense reference's; `test` is only reported. Nothing was tuned: final sparsities
+were set beforehand, as was the regularisers' strength (ten times the papers' 1e-4, the training
+being far shorter). Latencies of a seed's networks are measured in turns, in one run. Whatever is
+done is kept in `--folder`, and a run that was cut off goes on where it was.
 
 Structure of `results/structured_against_unstructured.json`::
 
@@ -54,8 +54,8 @@ from pruning101.core.data import Dataset, load
 from pruning101.core.steps import History, Step
 from pruning101.core.training import evaluate, fit
 
-# Of 54,000 and 6,000, for time's sake; in batches of 64 an epoch has 200 steps.
-IMAGES = {"train": 12_800, "valid": 4_000}
+# Of 54,000, 6,000 and 10,000, for time's sake; in batches of 64 an epoch has 100 steps.
+IMAGES = {"train": 6_400, "valid": 3_000, "test": 5_000}
 ROUNDS, EPOCHS, LR = 6, 1, 0.05
 TOLERANCE = 0.002
 DENSE = {"epochs": 4, "lr": LR}
