@@ -38,10 +38,10 @@ def lobster(
     norms, are left alone unless asked for; the published code shrinks all. Frozen and masked
     weights stay as they are.
 
-    The gradient is the one that the optimiser has just used: that of the whole objective, a penalty
-    of ``fit`` included, but not the optimiser's weight decay. The paper's update shrinks by the
-    weight before that step, this one (as the published code) by the weight after it, which is there
-    for any optimiser; the two differ by at most ``strength`` times the length of the step.
+    The gradient is that of the step just made: of the whole objective, a penalty of ``fit``
+    included, but without the optimiser's weight decay. The paper's update shrinks by the weight
+    before that step, this one (as the published code) by the weight after it, which any optimiser
+    leaves to be read; the two differ by at most ``strength`` times the length of the step.
 
     Raises:
         ValueError: a strength outside [0, 1]; called on a model without gradients.
@@ -51,9 +51,7 @@ def lobster(
     @torch.no_grad()
     def shrink(model: nn.Module) -> None:
         if all(p.grad is None for p in model.parameters()):
-            raise ValueError(
-                "the model has no gradients; call this after backward(), or as fit(after_step=...)"
-            )
+            raise ValueError("the model has no gradients; call this after backward()")
         for module, leaf in _targets(model, biases=biases, norms=norms).values():
             weight = _stored(module, leaf)
             slope = torch.zeros_like(weight) if weight.grad is None else weight.grad
@@ -71,16 +69,13 @@ def neuron_sensitivity(
     ``"full"`` is ``mean_k |dy_k / dz_i|``, one backward pass for each of K outputs;
     ``"lower_bound"`` is ``|mean_k dy_k / dz_i|``, one backward pass and never more than full;
     ``"local"`` is ``1[z_i > 0]``, the slope of the neuron's own ReLU. Each is averaged over images
-    and positions, in evaluation mode, where images do not mix. The published code differentiates
-    the batch's mean output in ``full`` and averages over the batch once more, which makes it
-    smaller by the number of images.
+    and positions, in evaluation mode, where images do not mix. (The published code's ``full`` is
+    smaller by the number of images: it averages over the batch twice.)
 
-    A neuron is an output of a linear layer or a channel of a convolution (transposed ones left
-    out), and z_i what that layer gives; layers that the model does not call are left out. The
-    output layer's own neurons have 1 / K.
-
-    ``model`` has outputs [B, K] and is left as it was; of ``batches``, ``(images, labels)``, the
-    labels are not looked at. Returns tensors [neurons] by layer name.
+    A neuron is an output of a linear layer or a channel of a convolution (not a transposed one) and
+    z_i what that layer gives; layers that are not called are left out. ``model`` has outputs [B, K]
+    and is left as it was; labels are not looked at. Returns tensors [neurons] by layer name; those
+    of the output layer are 1 / K.
 
     Raises:
         ValueError: an unknown kind, no batches, outputs of another shape, or no layer with neurons.
@@ -142,10 +137,10 @@ class serene:
         with serene(model, 1e-4) as shrink:
             fit(model, data, epochs=10, lr=0.1, after_step=shrink)
 
-    After each step of the optimiser, S is :func:`neuron_sensitivity` on the batch of that step, and
-    all incoming weights of neuron i shrink alike, but not its bias, nor what is masked or frozen.
-    A step costs one forward pass more and the backward passes of ``sensitivity``. The hook that
-    remembers the batch is gone when the block ends, however it ends.
+    After each step, S is :func:`neuron_sensitivity` on its batch, and all incoming weights of
+    neuron i shrink alike, but not its bias, nor what is masked or frozen. That costs a forward pass
+    more and the backward passes of ``sensitivity``. The hook that remembers the batch is gone when
+    the block ends, however it ends.
 
     Raises:
         ValueError: a strength outside [0, 1] or an unknown sensitivity.
@@ -172,9 +167,7 @@ class serene:
     def __call__(self, model: nn.Module) -> None:
         """Shrink ``model`` in place, by its sensitivity on the last batch that it trained on."""
         if self._images is None:
-            raise RuntimeError(
-                "no batch was seen; write `with serene(...) as s: fit(..., after_step=s)`"
-            )
+            raise RuntimeError("no batch seen: `with serene(...) as s: fit(..., after_step=s)`")
         felt = neuron_sensitivity(model, [(self._images, None)], kind=self.sensitivity)
         # Each process of `accelerate launch` has its share of the batch, and all must shrink alike.
         count = torch.tensor(float(len(self._images)), device=self._images.device)
@@ -182,8 +175,8 @@ class serene:
         runs.Group(count.device).sum([*sums.values(), count])
         with torch.no_grad():
             for layer, total in sums.items():
-                module = model.get_submodule(layer)
                 share = self.strength * (1 - total / count).relu()  # [neurons]
+                module = model.get_submodule(layer)
                 ones = [1] * (_stored(module, "weight").ndim - 1)
                 _shrink(module, "weight", share.view(-1, *ones))
         masks.refresh(model)
@@ -224,8 +217,7 @@ def prune_within(
     its weights where the loss allows it, with a warning. Of equal magnitudes the first goes first.
 
     Raises:
-        ValueError: a value out of range, ``split="test"``, a loss that is not finite, or nothing to
-            prune.
+        ValueError: a value out of range, ``split="test"``, a loss not finite, nothing to prune.
     """
     _check(tolerance=tolerance, resolution=resolution)
     if split not in ("train", "valid"):
@@ -259,9 +251,8 @@ def prune_within(
             safe, result = middle, tried
         else:
             beyond = middle
-    emptied = [name for name in result if first[name].any() and not result[name].any()]
-    if emptied:
-        names = ", ".join(emptied)
+    names = ", ".join(name for name in result if first[name].any() and not result[name].any())
+    if names:
         warnings.warn(f"no weight is left in {names}: the loss is within its bound", stacklevel=2)
     return result
 
@@ -289,11 +280,10 @@ def regularise_and_prune(
 ) -> Iterator[Step]:
     """Train with the penalty to a plateau, prune within the bound, and again, a ``Step`` a round.
 
-    The procedure of both papers. A round trains until the loss on ``valid`` has not fallen below
-    its best for ``patience`` epochs, at most ``epochs``; puts the weights of the best epoch back;
-    and applies :func:`prune_within`, whose bound is ``(1 + tolerance)`` times that epoch's loss.
-    It ends after ``rounds``, or when a round finds nothing to remove. The given model is left as
-    it is.
+    The procedure of both papers, on a copy. A round trains until the loss on ``valid`` has not
+    fallen below its best for ``patience`` epochs, at most ``epochs``; puts the weights of the best
+    epoch back; and applies :func:`prune_within` with that epoch's loss (so the bound of all rounds
+    together is looser). It ends after ``rounds``, or when a round finds nothing to remove.
 
     ``method=None`` trains without a penalty: what is left is magnitude pruning at the same budget.
     ``sensitivity`` is that of :class:`serene`; ``biases`` and ``norms`` are shrunk (by LOBSTER) and
@@ -311,8 +301,7 @@ def regularise_and_prune(
     if method not in ("lobster", "serene", None):
         raise ValueError(f'method must be "lobster", "serene" or None, got {method!r}')
     if min(rounds, patience, epochs) < 1:
-        counts = (rounds, patience, epochs)
-        raise ValueError(f"rounds, patience and epochs must be at least 1, got {counts}")
+        raise ValueError(f"{rounds=}, {patience=} and {epochs=} must be at least 1")
     history = History() if history is None else history
     options: dict[str, Any] = {"progress": False, **(train or {}), "lr": lr}
     penalty = dict(method=method, strength=strength, sensitivity=sensitivity)
