@@ -8,9 +8,9 @@ tolerance. They differ in the penalty alone: none (magnitude pruning), plain dec
 LOBSTER, SeReNe. Plain decay is LOBSTER with every gradient taken as 0 (and biases decay too): it
 tells what the gradients add. LOBSTER and SeReNe (lower bound) each have the strength, of three,
 that removes most weights on seed 100, which is not among the seeds reported; plain decay has
-LOBSTER's, full SeReNe that of its lower bound. For neurons, channels are also pruned by their
-norms, as many as SeReNe (lower bound) removed. LeNet-5 trains on a third of MNIST. A run that was
-cut off goes on where it was.
+LOBSTER's, SeReNe always that of its lower bound. For neurons, channels are also pruned by their
+norms, as many as SeReNe (lower bound) removed. All train on a third of MNIST. A run that was cut
+off goes on where it was.
 """
 
 import argparse
@@ -22,12 +22,13 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from common import RESULTS, write
 from torch import nn
 from tqdm import tqdm
 
 from pruning101 import sensitivity, structured
-from pruning101.core import masks, models
+from pruning101.core import masks, models, structure
 from pruning101.core.data import Dataset, load
 from pruning101.core.files import written_whole
 from pruning101.core.measure import footprint
@@ -38,25 +39,28 @@ LR = 0.1
 COMMON: dict[str, Any] = {"momentum": 0.0, "batch_size": 100, "precision": "bfloat16"}
 RECIPES: dict[str, dict[str, Any]] = {
     "lenet_300_100": {
-        "images": None,
-        "dense_epochs": 6,
+        "dense_epochs": 10,
         "rounds": 4,
-        "epochs": 2,
-        "methods": ["magnitude", "decay", "lobster", "serene_full", "serene_lower_bound"],
+        "epochs": 3,
+        "sensitivities": ["full", "lower_bound", "local"],
     },
     "lenet5": {
-        "images": {"train": 18000, "valid": 3000},
         "dense_epochs": 6,
         "rounds": 4,
         "epochs": 2,
-        "methods": ["magnitude", "decay", "lobster", "serene_lower_bound"],
+        "sensitivities": ["lower_bound", "local"],  # full costs three times the training itself
     },
 }
+for recipe in RECIPES.values():
+    kinds = recipe.pop("sensitivities")
+    recipe["methods"] = ["magnitude", "decay", "lobster", *(f"serene_{kind}" for kind in kinds)]
+IMAGES = {"train": 18000, "valid": 3000}
 TOLERANCE = 0.05
 # Rounds are compared where the loss on valid is at most this much above the dense network's.
 BOUND = 1.1
+LOWER = "serene_lower_bound"
 STRENGTHS = (1e-4, 5e-4, 2e-3)
-TUNED = {"decay": "lobster", "serene_full": "serene_lower_bound"}  # whose strength is taken
+TUNED = {"decay": "lobster", "serene_full": LOWER, "serene_local": LOWER}  # whose strength is taken
 TUNING_SEED = 100
 
 
@@ -70,18 +74,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "sensitivity_mnist.json")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    mnist = load("mnist", options.root)
+    data = load("mnist", options.root).subset(**IMAGES)
     jobs: list[tuple[str, int, str, float | None]] = []
     for net in options.net:
         if options.tune:
-            tried = [m for m in ("lobster", "serene_lower_bound") for _ in STRENGTHS]
+            tried = [m for m in ("lobster", LOWER) for _ in STRENGTHS]
             jobs += [(net, TUNING_SEED, m, s) for m, s in zip(tried, STRENGTHS * 2, strict=True)]
         for seed in options.seeds:
             jobs += [(net, seed, method, None) for method in RECIPES[net]["methods"]]
             jobs.append((net, seed, "channel_norms", None))
     for net, seed, method, strength in tqdm(jobs, unit="run", file=sys.stderr):
-        images = RECIPES[net]["images"]
-        data = mnist.subset(**images) if images else mnist
         if strength is None:
             strength = chosen_strength(options.folder, net, method)
         one_run(net, seed, method, strength, data, options.folder)
@@ -147,6 +149,7 @@ def one_run(
             "test_error": 100 * (1 - evaluate(dense, data, "test").accuracy),
             "neurons": hidden(sizes(dense)),
             "coded_bytes": footprint(dense, data.valid.images[:1].float()).coded_bytes,
+            "insensitivity": insensitivity(dense, data),
         },
         "rounds": [described(step, dense) for step in steps],
         "seconds": time.perf_counter() - start,
@@ -154,6 +157,25 @@ def one_run(
     with written_whole(done) as part:
         part.write_text(json.dumps(result))
     return result
+
+
+def insensitivity(model: nn.Module, data: Dataset) -> dict[str, float]:
+    """Mean of relu(1 - sensitivity): over the weights for LOBSTER, the hidden neurons for SeReNe.
+
+    On the first batch of training; 1 everywhere would be plain decay.
+    """
+    images, labels = next(iter(data.batches("train", COMMON["batch_size"])))
+    model.zero_grad()
+    F.cross_entropy(model(images), labels).backward()
+    layers = structure.prunable(model).values()
+    slopes = torch.cat([layer.weight.grad.abs().flatten() for layer in layers])
+    model.zero_grad()
+    found = {"lobster": (1 - slopes).relu().mean().item()}
+    for kind in ("full", "lower_bound", "local"):
+        felt = sensitivity.neuron_sensitivity(model, [(images, labels)], kind=kind)
+        inner = torch.cat(list(felt.values())[:-1])
+        found[f"serene_{kind}"] = (1 - inner).relu().mean().item()
+    return found
 
 
 def sizes(model: nn.Module) -> dict[str, int]:
@@ -208,7 +230,7 @@ def chosen_strength(folder: Path, net: str, method: str) -> float:
 
 def share_of_neurons(folder: Path, net: str, seed: int) -> float:
     """The share of hidden neurons that SeReNe had removed in its last round."""
-    (run,) = read(folder, f"{net}-{seed}-serene_lower_bound-*.json")
+    (run,) = read(folder, f"{net}-{seed}-{LOWER}-*.json")
     return run["rounds"][-1]["hidden_neurons_removed"]
 
 
@@ -217,11 +239,8 @@ def read(folder: Path, pattern: str) -> list[dict[str, Any]]:
 
 
 def spread(values: list[float]) -> dict[str, Any]:
-    return {
-        "mean": mean(values),
-        "std": stdev(values) if len(values) > 1 else None,
-        "n": len(values),
-    }
+    n = len(values)
+    return {"mean": mean(values) if n else None, "std": stdev(values) if n > 1 else None, "n": n}
 
 
 def collect(folder: Path) -> dict[str, Any]:
@@ -231,6 +250,7 @@ def collect(folder: Path) -> dict[str, Any]:
     for net, recipe in RECIPES.items():
         runs = read(folder, f"{net}-*.json")
         reported = [run for run in runs if run["seed"] != TUNING_SEED]
+        dense = [run for run in reported if run["method"] == "magnitude"]
         summary = {}
         for method in [*recipe["methods"], "channel_norms"]:
             mine = [run for run in reported if run["method"] == method]
@@ -242,20 +262,23 @@ def collect(folder: Path) -> dict[str, Any]:
                 "strength": mine[0]["strength"],
                 "seconds": spread([run["seconds"] for run in mine]),
                 "last_round": {k: spread([r[k] for r in last]) for k in (*keys, "valid_loss")},
-                "within_bound": {k: spread([r[k] for r in inside]) for k in keys}
-                if inside
-                else None,
+                "within_bound": {k: spread([r[k] for r in inside]) for k in keys},
             }
         nets[net] = {
             "recipe": recipe,
-            "dense_test_error": spread([r["dense"]["test_error"] for r in reported])
-            if reported
-            else None,
+            "dense_test_error": spread([r["dense"]["test_error"] for r in dense]),
             "summary": summary,
             "runs": reported,
             "tuning": [run for run in runs if run["seed"] == TUNING_SEED],
         }
-    settings = {"lr": LR, **COMMON, "tolerance": TOLERANCE, "bound": BOUND, "strengths": STRENGTHS}
+    settings = {
+        "lr": LR,
+        **COMMON,
+        "tolerance": TOLERANCE,
+        "bound": BOUND,
+        "images": IMAGES,
+        "strengths": STRENGTHS,
+    }
     return {"dataset": "mnist", "settings": settings, "nets": nets}
 
 
