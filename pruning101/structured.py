@@ -221,7 +221,7 @@ def prune_channels(
         raise ValueError(f"{name!r} cannot be pruned. {reason}")
     if not found.groups:
         raise ValueError(f"{type(model).__name__} has no channels that could be pruned.")
-    by_group = _checked(found.groups, model, scores)
+    by_group = _checked(found.groups, model, group_importance if scores is None else scores)
     if isinstance(sparsity, Mapping):
         _check_names(sparsity, by_group)
         shares = {name: sparsity.get(name, 0.0) for name in by_group}
@@ -240,14 +240,12 @@ def prune_channels(
 
 
 def _checked(
-    groups: list[ChannelGroup], model: nn.Module, scores: GroupScores | None
+    groups: list[ChannelGroup], model: nn.Module, scores: GroupScores
 ) -> dict[str, Tensor]:
     """The scores of each group, by its name, on the CPU."""
     names = [group.name for group in groups]
-    given: dict[str, Tensor] = {}
-    if scores is None or callable(scores):
-        score = group_importance if scores is None else scores
-        given = {group.name: score(group, model) for group in groups}
+    if callable(scores):
+        given = {group.name: scores(group, model) for group in groups}
     else:
         given = dict(scores)
     for group in groups:
@@ -288,20 +286,16 @@ def _kept_channels(
     emptied = [name for name, mask in keep.items() if not bool(mask.any())]
     if emptied:
         # The best of each group goes last of all, so that the count stays exact where it can.
-        best = {name: _last_maximum(score) for name, score in scores.items()}
+        best = {n: int((score == score.max()).nonzero()[-1]) for n, score in scores.items()}
         spared = {
-            name: score.double().index_fill(0, torch.tensor(best[name]), math.inf)
-            for name, score in scores.items()
+            n: score.double().index_fill(0, torch.tensor(best[n]), math.inf)
+            for n, score in scores.items()
         }
         keep = dict(masks.from_scores(spared, sparsity, scope=cut_scope))
         for name in emptied:
             keep[name][best[name]] = True
             skipped[name] = "One channel stays: a group cannot lose its last."
     return keep
-
-
-def _last_maximum(score: Tensor) -> int:
-    return int((score == score.max()).nonzero()[-1])
 
 
 # --- the recipe --------------------------------------------------------------------------------
@@ -343,11 +337,11 @@ def prune_iteratively(
     layers = None if layers is None else list(layers)
     images, _ = next(iter(data.batches("valid", 1, device=runs.device_of(model))))
     example = images.to(runs.dtype_of(model))
-    # Nothing is removed yet: this raises what there is to raise, and counts the channels.
-    prune_channels(
+    # On a copy that is thrown away: this raises what there is to raise, and counts the channels.
+    trial = prune_channels(
         model, example, sparsity, scope=scope, scores=_equal, layers=layers, inplace=False
     )
-    start = {g.name: g.channels for g in structure.channel_groups(model, example, layers=layers)}
+    start = {name: len(kept) + trial.removed[name] for name, kept in trial.kept.items()}
     history = History() if history is None else history
     history.bind(
         recipe="structured.prune_iteratively",

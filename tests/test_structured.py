@@ -433,6 +433,43 @@ def test_gradients_are_cut_along_and_the_copy_shares_nothing():
     assert torch.equal(kept, gradient[pruned.kept["conv2"]][:, pruned.kept["conv1"]])
 
 
+class Beside(nn.Module):
+    """A first layer that is added to the input, and attention before a view that cannot shrink."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 20), nn.Linear(20, 8)
+        self.embed, self.attention = (
+            nn.Linear(8, 12),
+            nn.MultiheadAttention(12, 2, batch_first=True),
+        )
+        self.head = nn.Linear(12, 2)
+
+    def forward(self, x):
+        x = self.embed(x + self.down(self.up(x).relu()))
+        return self.head(self.attention(x, x, x)[0].reshape(-1, 3, 12))
+
+
+def test_what_is_added_to_the_input_stays():
+    model, x = Beside(), torch.randn(2, 3, 8, generator=generator())
+    pruned = structured.prune_channels(model, x, 0.5, layers=["up", "attention"], inplace=False)
+    assert pruned.removed == {"up": 10, "attention": 1}
+    with pytest.raises(ValueError, match=r"'down' cannot be pruned\. .*meet the network's input"):
+        structured.prune_channels(model, x, 0.5, layers=["down"])
+
+
+def test_attention_is_put_back_when_something_else_cannot_go():
+    model, x = Beside(), torch.randn(2, 3, 8, generator=generator())
+    attention, before = model.attention, copy.deepcopy(model.state_dict())
+    expected = model(x)
+    with pytest.raises(ValueError, match="nothing was changed; restrict the layers"):
+        structured.prune_channels(model, x, 0.5)
+    assert model.attention is attention
+    assert (attention.embed_dim, attention.num_heads, model.up.out_features) == (12, 2, 20)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert torch.equal(model(x), expected)
+
+
 def test_grouped_convolutions_are_skipped_with_a_reason():
     model = lively(
         nn.Sequential(
@@ -794,7 +831,7 @@ def test_without_a_gpu_for_it_compressed_weights_are_refused():
     model = nn.Linear(64, 32)
     masks.apply(model, structured.semi_structured({"weight": model.weight.abs()}))
     with pytest.raises(
-        ValueError, match="compute capability 8.0 or more, and the model is on 'cpu'"
+        ValueError, match=r"compute capability 8\.0 or more, and the model is on 'cpu'"
     ):
         structured.to_semi_structured(model)
 
@@ -819,12 +856,12 @@ def test_compressed_weights_compute_the_same():
 
 @pytest.fixture(scope="module")
 def trained():
-    data = load("digits").subset(train=800, valid=200, test=100)
+    data = load("digits").subset(train=400, valid=150, test=50)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layers = [nn.Conv2d(1, 10, 3), nn.ReLU(), nn.Conv2d(10, 12, 3), nn.ReLU(), nn.Flatten()]
         model = nn.Sequential(*layers, nn.Linear(12 * 16, 30), nn.ReLU(), nn.Linear(30, 10))
-    fit(model, data, epochs=8, lr=0.1, progress=False)
+    fit(model, data, epochs=12, lr=0.1, progress=False)
     return model, data
 
 
@@ -863,14 +900,14 @@ def test_pruning_in_rounds(trained, scope):
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(trained, tmp_path):
     model, data = trained
-    options = {"sparsity": 0.6, "rounds": 3, "epochs": 1, "lr": 0.02, "seed": 5}
+    options = {"sparsity": 0.6, "rounds": 2, "epochs": 1, "lr": 0.02, "seed": 5}
     options["scores"] = partial(structured.group_importance, kind="l2")
     whole = list(structured.prune_iteratively(model, data, **options))
     first = structured.prune_iteratively(model, data, history=History.resume(tmp_path), **options)
     next(first)
     history = History.resume(tmp_path)
     rest = list(structured.prune_iteratively(model, data, history=history, **options))
-    assert [step.index for step in rest] == [2, 3]
+    assert [step.index for step in rest] == [2]
     assert [step.removed for step in history] == [step.removed for step in whole]
     states = whole[-1].model.state_dict(), rest[-1].model.state_dict()
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])

@@ -1,7 +1,10 @@
 """Attention with any number of heads: what an attention layer is once some heads are gone."""
 
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -188,3 +191,65 @@ def set_heads(module: nn.Module, number: int, inner: int) -> None:
     for name, value in (("num_heads", number), ("heads", number), ("attn_dim", inner)):
         if name in vars(module):
             setattr(module, name, value)
+
+
+def attention_layers(model: nn.Module) -> dict[str, Heads]:
+    """Return the attention layers whose heads we know, by name; a class counts only as a whole."""
+    found = {name: heads_of(module) for name, module in model.named_modules()}
+    types = {n: type(model.get_submodule(n)) for n in found}
+    known = {types[n] for n, heads in found.items() if heads is not None}
+    known -= {types[n] for n, heads in found.items() if heads is None}
+    return {n: heads for n, heads in found.items() if heads is not None and types[n] in known}
+
+
+@contextmanager
+def handed_on(model: nn.Module, heads: Iterable[str]) -> Iterator[None]:
+    """Let these attention layers hand on their inputs as they are, inside the block.
+
+    What follows channels then sees each channel of the embedding as one, and nothing of the heads.
+    """
+
+    def hand_on(tokens: Tensor, *_: Any, **__: Any) -> Tensor:
+        return tokens * 1
+
+    def hand_on_all(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+        result = query * 1
+        for other in (key, value):
+            if other is not query:  # cross attention: the embedding is one for both
+                result = result + other.flatten(0, -2).mean(0)
+        return result, None
+
+    modules = [model.get_submodule(name) for name in heads]
+    kept = [vars(module).get("forward") for module in modules]
+    try:
+        for module in modules:
+            several = isinstance(module, nn.MultiheadAttention | NarrowAttention)
+            vars(module)["forward"] = hand_on_all if several else hand_on
+        yield
+    finally:
+        for module, forward in zip(modules, kept, strict=True):
+            del vars(module)["forward"]
+            if forward is not None:
+                vars(module)["forward"] = forward
+
+
+def one_layer() -> Any:
+    """Return how Torch-Pruning is to see attention: its output has the channels of its input."""
+    from torch_pruning.pruner.function import BasePruningFunc
+
+    class WholeAttention(BasePruningFunc):  # type: ignore[misc]
+        def prune_out_channels(self, layer: nn.Module, idxs: Any) -> nn.Module:
+            raise NotImplementedError("channels are cut by surgery.keep_only")
+
+        prune_in_channels = prune_out_channels
+
+        def get_out_channels(self, layer: nn.Module) -> int:
+            heads = heads_of(layer)
+            assert heads is not None
+            mixed = layer.get_submodule(heads.mixed)
+            assert isinstance(mixed, nn.Linear)
+            return mixed.out_features
+
+        get_in_channels = get_out_channels
+
+    return WholeAttention()

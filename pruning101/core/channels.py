@@ -152,10 +152,12 @@ def remove_from_groups(
             vars(m).update(attributes)
             m._parameters, m._buffers, m._modules = parameters, buffers, modules
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        which = repr(concerned[0].name) if len(concerned) == 1 else f"{len(concerned)} groups"
+        one = len(concerned) == 1
+        which = repr(concerned[0].name) if one else f"{len(concerned)} groups"
+        hint = "" if one else "; restrict the layers to find out where"
         raise ValueError(
             f"Units of {which} cannot be removed, the network would not run without them "
-            f"({reason}); nothing was changed."
+            f"({reason}); nothing was changed{hint}."
         ) from error
 
 

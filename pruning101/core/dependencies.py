@@ -6,8 +6,7 @@ the channels along them is ours.
 
 import difflib
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from pruning101.core import surgery
-from pruning101.core.attention import Heads, NarrowAttention, heads_of
+from pruning101.core.attention import Heads, attention_layers, handed_on, one_layer
 from pruning101.core.tracing import Example, is_mask, model_inputs, tensors_in, undisturbed
 
 
@@ -94,7 +93,7 @@ class Graph:
 
         self.model = model
         self.names: dict[Any, str] = {m: n for n, m in model.named_modules()}
-        self.heads = _attention(model)
+        self.heads = attention_layers(model)
         inside = {m for name in self.heads for m in model.get_submodule(name).modules()}
         kinds = (nn.Linear, nn.modules.conv._ConvNd)
         self._layers = {
@@ -102,7 +101,7 @@ class Graph:
         }
         self.graph = torch_pruning.DependencyGraph()
         types = {type(model.get_submodule(name)) for name in self.heads}
-        pruners = {kind: _whole_attention() for kind in types - {nn.MultiheadAttention}}
+        pruners = {kind: one_layer() for kind in types - {nn.MultiheadAttention}}
         inputs = model_inputs(model, example)
         with undisturbed(model), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -125,7 +124,7 @@ class Graph:
 
             try:
                 # Everything is passed anew: its default lists are kept from call to call.
-                with _attention_handed_on(model, self.heads):
+                with handed_on(model, self.heads):
                     self.graph.build_dependency(
                         model,
                         inputs,
@@ -338,18 +337,6 @@ def _joined(known: _Part, new: _Part) -> _Part:
     return torch.cat([known[0], new[0]]), torch.cat([known[1], new[1]])
 
 
-# --- attention --------------------------------------------------------------------------------
-
-
-def _attention(model: nn.Module) -> dict[str, Heads]:
-    """The attention layers whose heads we know, by name; a class counts only as a whole."""
-    found = {name: heads_of(module) for name, module in model.named_modules()}
-    types = {n: type(model.get_submodule(n)) for n in found}
-    known = {types[n] for n, heads in found.items() if heads is not None}
-    known -= {types[n] for n, heads in found.items() if heads is None}
-    return {n: heads for n, heads in found.items() if heads is not None and types[n] in known}
-
-
 def _head_group(name: str, heads: Heads) -> ChannelGroup:
     rows = torch.arange(3 * heads.inner)
     columns = torch.arange(heads.inner)
@@ -363,53 +350,3 @@ def _head_group(name: str, heads: Heads) -> ChannelGroup:
         consumers=(Member(f"{name}.{heads.mixed}", "in", columns, columns // each, 1),),
         others=(Member(name, "heads", count, count, None),),
     )
-
-
-@contextmanager
-def _attention_handed_on(model: nn.Module, heads: Iterable[str]) -> Iterator[None]:
-    """Let attention hand on its inputs: each channel of the embedding stays one for the graph."""
-
-    def hand_on(tokens: Tensor, *_: Any, **__: Any) -> Tensor:
-        return tokens * 1
-
-    def hand_on_all(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
-        result = query * 1
-        for other in (key, value):
-            if other is not query:  # cross attention: the embedding is one for both
-                result = result + other.flatten(0, -2).mean(0)
-        return result, None
-
-    modules = [model.get_submodule(name) for name in heads]
-    kept = [vars(module).get("forward") for module in modules]
-    try:
-        for module in modules:
-            several = isinstance(module, nn.MultiheadAttention | NarrowAttention)
-            vars(module)["forward"] = hand_on_all if several else hand_on
-        yield
-    finally:
-        for module, forward in zip(modules, kept, strict=True):
-            del vars(module)["forward"]
-            if forward is not None:
-                vars(module)["forward"] = forward
-
-
-def _whole_attention() -> Any:
-    """How Torch-Pruning is to see attention: its output has the channels of its input."""
-    from torch_pruning.pruner.function import BasePruningFunc
-
-    class WholeAttention(BasePruningFunc):  # type: ignore[misc]
-        def prune_out_channels(self, layer: nn.Module, idxs: Any) -> nn.Module:
-            raise NotImplementedError("channels are cut by surgery.keep_only")
-
-        prune_in_channels = prune_out_channels
-
-        def get_out_channels(self, layer: nn.Module) -> int:
-            heads = heads_of(layer)
-            assert heads is not None
-            mixed = layer.get_submodule(heads.mixed)
-            assert isinstance(mixed, nn.Linear)
-            return mixed.out_features
-
-        get_in_channels = get_out_channels
-
-    return WholeAttention()

@@ -58,7 +58,7 @@ def to_semi_structured(model: nn.Module) -> nn.Module:
     device = device_of(model)
     if not has_bfloat16(device):
         raise ValueError(
-            f"2:4 weights need an NVIDIA GPU of compute capability 8.0 or more, and the model is on "
+            "2:4 weights need an NVIDIA GPU of compute capability 8.0 or more, and the model is on "
             f"{str(device)!r}; elsewhere keep the zeros as masks."
         )
     model = masks.clone(model)
