@@ -6,15 +6,17 @@ filters does, or for each group of coupled channels. ConvNeXt and ViT also lose 
 units of their MLPs, since no channel of their streams can go. Reported for both ways of treating
 zeros in a residual stream: parameters, MACs, the largest relative difference of the outputs at two
 sizes of the input, and the time of a forward pass relative to the network with its zeros, one
-thread, in turns (`cpu` is processor time, the steadier one on a busy machine).
+thread, in turns (`cpu` is processor time, the steadier one on a busy machine). With `--only` the
+others' figures stay as they are.
 
     python benchmarks/materialise.py [--repeats 5] [--only resnet18 ...]
 """
 
 import argparse
+import json
 import time
 
-from common import interleaved, write
+from common import RESULTS, interleaved, write
 
 NETWORKS = [
     "vgg11_bn",
@@ -134,10 +136,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=NETWORKS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    networks = {
-        name: {zeros: measure(name, zeros, options.repeats) for zeros in ("by layer", "by group")}
-        for name in options.only
-    }
+    kept = RESULTS / "materialise.json"
+    networks = json.loads(kept.read_text())["networks"] if kept.exists() else {}
+    for name in options.only:
+        networks[name] = {
+            zeros: measure(name, zeros, options.repeats) for zeros in ("by layer", "by group")
+        }
+    networks = {name: networks[name] for name in NETWORKS if name in networks}
     write(
         "materialise",
         {

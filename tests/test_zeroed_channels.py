@@ -152,7 +152,7 @@ def chains(draw):
                 draw(st.sampled_from([1, 2, 3, (1, 3)])),
                 stride=draw(st.integers(1, 2)) if not layers else 1,
                 padding=draw(st.sampled_from([0, 1])),
-                dilation=draw(st.integers(1, 2)),
+                dilation=draw(st.integers(1, 2)) if not layers else 1,
                 bias=draw(st.booleans()),
                 padding_mode=draw(st.sampled_from(["zeros", "zeros", "replicate", "circular"])),
             )
@@ -162,7 +162,7 @@ def chains(draw):
         layers.append(draw(st.sampled_from([nn.ReLU, nn.Sigmoid, nn.GELU, nn.Hardswish]))())
         pools = [
             nn.MaxPool2d(2, stride=1),
-            nn.MaxPool2d(3, 2, padding=1),
+            nn.MaxPool2d(3, 1, padding=1),
             nn.AvgPool2d(2, stride=1, ceil_mode=True),
             nn.AvgPool2d(3, 1, padding=1, count_include_pad=False),
             nn.Identity(),
@@ -259,20 +259,40 @@ def test_a_constant_cut_off_at_the_border_is_added_by_one_small_convolution():
         assert difference(model, report.model, x) < 1e-12
 
 
-def test_a_norm_factor_of_zero_makes_a_constant_whatever_the_convolution():
+@pytest.mark.parametrize("between", [nn.Identity, nn.Sigmoid])
+def test_a_norm_factor_of_zero_makes_a_constant_whatever_comes_before(between):
     model = made(
         lambda: nn.Sequential(
-            nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 3, 1, bias=False)
+            nn.Conv2d(2, 6, 3),
+            between(),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Conv2d(6, 3, 1, bias=False),
         )
     ).double()
     with torch.no_grad():
-        model[1].weight[[0, 5]] = 0
-        model[1].bias[[0, 5]] = torch.tensor([1.5, -1.0]).double()
+        model[2].weight[[0, 5]] = 0
+        model[2].bias[[0, 5]] = torch.tensor([1.5, -1.0]).double()
     report = materialise(model, image())
     assert report.removed == {"0": 2}
-    shift = 1.5 * model[3].weight[:, 0, 0, 0]
-    torch.testing.assert_close(report.model[3].bias, shift, rtol=1e-12, atol=1e-12)
+    shift = 1.5 * model[4].weight[:, 0, 0, 0]
+    torch.testing.assert_close(report.model[4].bias, shift, rtol=1e-12, atol=1e-12)
     assert difference(model, report.model, image()) < 1e-12
+
+
+def test_nothing_stays_nothing_whatever_it_is_scaled_by():
+    # Squeeze-and-excite scales a channel by a number that depends on the input.
+    model = made(lambda: nn.Sequential(nn.Conv2d(2, 4, 1), Inverted(4), nn.Conv2d(4, 2, 1)))
+    model = model.double()
+    zero_rows(model[1].depthwise, [0, 5])
+    norm = model[1].norm
+    with torch.no_grad():
+        norm.bias[[0, 5]] = torch.tensor([9.0, -9.0]).double()  # ReLU6 gives 6 and 0
+    report = materialise(model, image())
+    block = report.model[1]
+    assert block.expand[0].out_channels == block.depthwise.groups == block.excite.out_channels == 7
+    assert difference(model, report.model, image(seed=1)) < 1e-12
+    assert report.kept.keys() == {"1.depthwise"}
 
 
 class Sum(nn.Module):

@@ -73,8 +73,9 @@ def materialise(
     A channel of a residual stream can only go if *everyone* who reads it can do without: it stays
     if one branch still writes to it. With ``partial="scatter"`` layers that keep rows of zeros
     compute only the others, and a :class:`~pruning101.core.carried.Scattered` puts these in their
-    places: fewer parameters and multiplications, at the price of a copy, and of a network whose
-    channels cannot be traced any more: let it be the last step. Channels that a norm over channels
+    places: fewer parameters and multiplications, at the price of a copy (results/materialise.json:
+    faster on ResNets, no faster on MobileNetV2), and of a network whose channels cannot be traced
+    any more: let it be the last step. Channels that a norm over channels
     reads (the streams of ConvNeXt and ViT) always stay. ``kept`` says so, layer by layer.
 
     The number of parameters never grows. New parameters are new tensors: an optimiser made before
