@@ -166,7 +166,7 @@ def draw_levels(state: State, measure: str, ax: Any = None) -> Any:
     )
     for line in ax.lines:
         line.set_markersize(4)
-    ticks = [t for t in (100, 50, 20, 10, 5, 2, 1) if t >= left[-1] * 0.9]
+    ticks = [t for t in (100, 50, 20, 10, 5, 2, 1) if t >= left[-1] * 0.8]
     ax.set_xscale("log")
     ax.set_xticks(ticks, [f"{t}" for t in ticks])
     ax.minorticks_off()
