@@ -433,6 +433,25 @@ def test_gradients_are_cut_along_and_the_copy_shares_nothing():
     assert torch.equal(kept, gradient[pruned.kept["conv2"]][:, pruned.kept["conv1"]])
 
 
+class Halves(nn.Module):
+    """Units that are added to one another in pairs, so that none can go alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 10), nn.Linear(5, 2)
+
+    def forward(self, x):
+        one, two = self.b(self.a(x).relu()).chunk(2, 1)
+        return self.c(one + two)
+
+
+def test_channels_that_meet_one_another_stay():
+    model, x = Halves(), torch.randn(4, 6, generator=generator())
+    pruned = structured.prune_channels(model, x, 0.5)
+    assert pruned.removed == {"a": 4}
+    assert "several of them meet in one place" in pruned.skipped["b"]
+
+
 class Beside(nn.Module):
     """A first layer that is added to the input, and attention before a view that cannot shrink."""
 
