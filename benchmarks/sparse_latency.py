@@ -12,6 +12,7 @@ that is done is kept in `--folder`, and `--again` measures it anew.
 
 Structure of `results/sparse_latency.json`::
 
+    machine                       in words: how busy it was, and what has been timed
     networks.NAME                 vgg16_bn | resnet32 | alexnet | resnet18_224
       .input, .classes            [3, 32, 32], 10
       .slides                     their rows: dense, unstructured, structured (None where they have
@@ -170,11 +171,25 @@ def main() -> None:
         options.out.resolve(),
         {
             "environment": environment() | {"command": "python benchmarks/sparse_latency.py"},
+            "machine": machine([part for part in found.values() if part]),
             "source_of_slides": SOURCE,
             "ratio_of_slides": READING,
             "networks": {name: found[name] for name in NETWORKS if found[name]},
             "linear": found["linear"],
         },
+    )
+
+
+def machine(parts: list[dict[str, Any]]) -> str:
+    """Say in words how busy the machine was while these parts were timed."""
+    loads = [load for part in parts for pair in part["load_average"].values() for load in pair]
+    threads = sorted({name for part in parts for name in part["load_average"]})
+    if not loads:
+        return "nothing timed yet"
+    busy = "busy with other work: " if max(loads) > parts[0]["cores"] else ""
+    return (
+        f"{busy}load averages of {min(loads):.1f} to {max(loads):.1f} on {parts[0]['cores']} cores; "
+        f"timed on {' and '.join(threads)}; on one thread cpu_ms and speedup leave other work out"
     )
 
 

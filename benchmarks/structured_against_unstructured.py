@@ -12,7 +12,7 @@ done is kept in `--folder`, and a run that was cut off goes on where it was.
 
 Structure of `results/structured_against_unstructured.json`::
 
-    dataset, network, recipe, tolerance, source_of_slides
+    dataset, network, recipe, tolerance, source_of_slides, machine (in words: how busy it was)
     slides                        the three networks of the slide: {name: {dataset, dense,
                                   unstructured, structured}} with ratio, simplified_mb, coded_mb, ms
     methods                       {method: {kind, source}}: dense, magnitude, lobster, channels,
@@ -44,7 +44,7 @@ from typing import Any
 
 import torch
 from common import RESULTS, environment, write
-from sparse_latency import SLIDES, SOURCE, costs, count, latencies
+from sparse_latency import SLIDES, SOURCE, costs, count, latencies, machine
 from torch import nn
 from tqdm import tqdm
 
@@ -319,6 +319,7 @@ def collect(folder: Path) -> dict[str, Any]:
             "loss_tolerance": LOSS_TOLERANCE,
         },
         "tolerance": TOLERANCE,
+        "machine": machine([seed for seed in seeds if seed["load_average"]]),
         "source_of_slides": SOURCE,
         "slides": SLIDES,
         "methods": METHODS,
