@@ -37,7 +37,7 @@
 # | 01 | [Skeletonization](01_skeletonization.ipynb) | Mozer & Smolensky 1988 | 30 min | half a minute | [exercises](exercises/01_skeletonization.ipynb) |
 # | 02 | [Optimal brain damage](02_optimal_brain_damage.ipynb) | LeCun, Denker & Solla 1989 | 35 min | 1 minute | [exercises](exercises/02_optimal_brain_damage.ipynb) |
 # | 03 | [Magnitude pruning](03_magnitude.ipynb) | Han et al. 2015 | 30 min | 1 minute | [exercises](exercises/03_magnitude.ipynb) |
-# | 04 | Lottery tickets | Frankle & Carbin 2019 | | | not there yet |
+# | 04 | [Lottery tickets, and the race to prune at initialisation](04_lottery_tickets.ipynb) | Frankle & Carbin 2019 | 35 min | 1 minute | [exercises](exercises/04_lottery_tickets.ipynb) |
 # | 05 | [Structured against unstructured](05_structured.ipynb) | Li et al. 2017, LOBSTER, SeReNe, Fang et al. 2023 | 35 min | 1 minute | [exercises](exercises/05_structured.ipynb) |
 # | 06 | Layer folding | Dror et al. 2022 | | | not there yet |
 # | 07 | Activation entropy | EGP, NEPENTHE, EASIER, TLC | | | not there yet |
