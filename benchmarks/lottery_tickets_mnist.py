@@ -1,6 +1,6 @@
 """Lottery tickets of LeNet-300-100 on MNIST: tickets, re-initialised, random, signs, one-shot.
 
-    python benchmarks/lottery_tickets_mnist.py --seeds 0 1 2 3 4
+    python benchmarks/lottery_tickets_mnist.py --seeds 0 1 2
 
 The setting is the paper's (Frankle and Carbin 2019, figure 2) but for three things: 6,000
 iterations in place of 50,000 (on tuning seed 100, which is not reported, the dense network has its
@@ -43,15 +43,23 @@ PAPER = {
     "ticket at 21.1 %": "early stop 38 % earlier than dense (ratio 0.62)",
     "ticket at 13.5 %": "test accuracy 0.3 percentage points above dense",
     "ticket at 3.6 %": "as dense again",
-    "reinitialised at 21.1 %": "early stop 2.51 times as late, 0.5 points less accurate",
+    "reinitialised at 21.1 %": "early stop 2.51 times as late as the ticket, 0.5 points less accurate",
     "one-shot": "earlier stop than dense at 67.5 to 17.6 %, more accurate at 95 to 5.17 %",
     "signs (Zhou et al. 2019)": "signs of the initial weights at one size do nearly as well",
 }
+UNLIKE_THE_PAPER = [
+    "three seeds, and a dense network whose early stop varies by a third: ratios to it vary as much",
+    "at 80 % the ticket stops no earlier than the dense network; from 51.3 % on it does, every seed",
+    "reinitialised networks stop much later than tickets, but than the dense one not in every seed",
+    "their accuracy falls behind the ticket's, hardly behind the dense network's (21.1 %)",
+    "one-shot at 21.1 % is as accurate as the ticket, but in one seed of three no faster than dense",
+    "densities below 21.1 % were not trained",
+]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=CONTROLS_AT)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--root", help="folder of mnist.safetensors (default: the library's)")
@@ -254,6 +262,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "images": {"train": 54_000, "valid": 6_000, "test": 10_000},
         "setting": SETTING | {"rate": RATE, "output_rate": OUTPUT_RATE, "rewind_to": 0},
         "paper": PAPER,
+        "unlike_the_paper": UNLIKE_THE_PAPER,
         "table": table,
         "instability": unstable(folder),
         "curves": mean_curves(rows, densities),
