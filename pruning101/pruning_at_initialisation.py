@@ -117,8 +117,9 @@ def synflow(model: nn.Module, batches: Batches | Tensor) -> Scores:
             scores that are not finite.
     """
     network, ones = flow.network(model, _example(batches))
-    found = flow.scores(network, flow.weights_of(network), ones)
-    return {name: score.to(runs.device_of(model)) for name, score in found.items()}
+    weights, where = flow.weights_of(network), runs.device_of(model)
+    slopes = flow.slopes(network, weights, ones)
+    return {name: (w.detach() * slopes[name]).to(where) for name, w in weights.items()}
 
 
 def random_scores(model: nn.Module, *, seed: int = 0) -> Scores:
@@ -267,9 +268,10 @@ def _flow_rounds(
     scores: Scores = {n: mask.double() for n, mask in kept.items()}
     above = dict.fromkeys(schedules, 0.0)
     for k in range(1, rounds + 1):
-        before, scores = scores, flow.scores(network, weights, ones)
+        before, scores = scores, flow.slopes(network, weights, ones)
         for group, share in schedules.items():
             here = [weights[n].detach() for n in group]
+            # which makes scores of the slopes
             threshold = flow.zero_lowest(here, [scores[n] for n in group], share(k / rounds))
             if threshold is None:
                 kept = {n: cast(BoolTensor, before[n] > above[group]) for n in group}

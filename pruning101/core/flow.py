@@ -13,7 +13,7 @@ from torch.autograd import grad
 
 from pruning101.core import masks, runs, structure, tracing
 
-_PIECE = 2**17  # numbers looked at together: what fits into the processor's cache
+_PIECE = 2**16  # numbers looked at together: what fits into the processor's cache
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
@@ -80,8 +80,8 @@ def network(model: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
     return flow, ones
 
 
-def scores(flow: nn.Module, weights: dict[str, nn.Parameter], ones: Tensor) -> dict[str, Tensor]:
-    """Return ``w * dR/dw`` of the weights, laid out in memory as they are."""
+def slopes(flow: nn.Module, weights: dict[str, nn.Parameter], ones: Tensor) -> dict[str, Tensor]:
+    """Return ``dR/dw`` of the weights, laid out in memory as they are."""
     total = run(flow, ones).sum()
     # The scores of a layer are not negative and sum to the total at most.
     if not bool(total.isfinite()):
@@ -89,12 +89,12 @@ def scores(flow: nn.Module, weights: dict[str, nn.Parameter], ones: Tensor) -> d
             "SynFlow's scores are not all finite; look for NaN or huge numbers in the model's "
             "weights."
         )
-    slopes = grad(total, list(weights.values()), materialize_grads=True)
     found = {}
-    for (name, w), slope in zip(weights.items(), slopes, strict=True):
+    gradients = grad(total, list(weights.values()), materialize_grads=True)
+    for (name, w), slope in zip(weights.items(), gradients, strict=True):
         if slope.stride() != w.stride():
             slope = torch.empty_like(w, requires_grad=False).copy_(slope)
-        found[name] = slope.mul_(w.detach())
+        found[name] = slope
     return found
 
 
@@ -104,27 +104,28 @@ def run(model: nn.Module, images: Tensor) -> Tensor:
         return model(images)
 
 
-def zero_lowest(weights: list[Tensor], scores: list[Tensor], share: float) -> float | None:
+def zero_lowest(weights: list[Tensor], slopes: list[Tensor], share: float) -> float | None:
     """Zero the weights of lowest score, ``share`` of all; return the highest score that went.
 
-    Those without flow count among them, and stay what they are. None, and nothing done, where
-    others of the same score would stay, or where all that go have none.
+    The slopes are turned into scores, ``w * dR/dw``, in place. Weights without flow count among the
+    lowest, and stay what they are. None, and nothing zeroed, where others of the same score would
+    stay, or where all that go have none.
     """
-    pieces = [  # weights and scores, in order of memory
+    pieces = [  # weights and slopes, in order of memory
         piece
-        for w, s in zip(weights, scores, strict=True)
+        for w, s in zip(weights, slopes, strict=True)
         for piece in zip(_flat(w).split(_PIECE), _flat(s).split(_PIECE), strict=True)
     ]
     total = sum(len(s) for _, s in pieces)
     # A sample says below which score they are, all but certainly (five standard deviations).
     stride = max(1, total // 2**17)
-    sample = torch.cat([s[::stride] for _, s in pieces])
+    sample = torch.cat([w[::stride] * s[::stride] for w, s in pieces])
     rank = math.ceil(share * len(sample) + 2.5 * math.sqrt(len(sample)))
     high = float(sample.kthvalue(rank).values) if rank <= len(sample) else math.inf
     going = round(share * total) - total
     low: list[tuple[Tensor, Tensor, Tensor]] = []  # weights, positions there and scores
     for w, s in pieces:
-        flows = s > 0
+        flows = s.mul_(w) > 0
         going += int(torch.count_nonzero(flows))
         at = (flows & (s < high)).nonzero().squeeze(1)
         low.append((w, at, s.index_select(0, at)))
