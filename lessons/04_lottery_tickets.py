@@ -484,9 +484,9 @@ for name, found in lines.items():
 # %% [markdown]
 # Between the deep network's two copies lies a hill. Started a little later
 # they end in one valley, or nearly (the ends of single runs are noisy, and a
-# seed may keep a small hill). The small LeNet is stable from the very beginning: that is why
-# $k = 0$ is enough here. For large networks it is not, and the authors
-# rewind to an early iteration (`rewind_to=`).
+# seed may keep a small hill). The small LeNet is stable from the very
+# beginning: that is why $k = 0$ is enough here. For large networks it is
+# not, and the authors rewind to an early iteration (`rewind_to=`).
 #
 # ## Experiment 4: the race
 #
