@@ -452,6 +452,45 @@ def test_channels_that_meet_one_another_stay():
     assert "several of them meet in one place" in pruned.skipped["b"]
 
 
+class Merging(nn.Module):
+    """Neighbouring tokens become one of twice the width (as between the stages of Swin)."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 9), nn.Linear(9, 8)
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 2)
+
+    def forward(self, x):  # [B, 4, 6]
+        return self.head(self.norm(self.down(self.up(x).relu()).reshape(-1, 2, 16)))
+
+
+def test_channels_whose_number_changes_on_the_way_stay():
+    pruned = structured.prune_channels(Merging(), torch.randn(2, 4, 6), 1 / 3)
+    assert pruned.removed == {"up": 3}
+    assert "on the way to 'norm' 8 of them become 16" in pruned.skipped["down"]
+
+
+class Joined(nn.Module):
+    """Two layers whose channels lie one after the other for a third."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 5, 1), nn.Conv2d(9, 2, 1)
+
+    def forward(self, x):
+        return self.c(torch.cat([self.a(x), self.b(x)], 1))
+
+
+def test_importance_after_a_concatenation():
+    model = Joined()
+    one, two = structure.channel_groups(model, images())
+    for group, layer, columns in ((one, model.a, slice(0, 4)), (two, model.b, slice(4, 9))):
+        own = layer.weight.detach().abs().flatten(1).sum(1)
+        read = model.c.weight.detach()[:, columns].abs().flatten(2).sum(2).sum(0)
+        ours = structured.group_importance(group, model, normalise=False)
+        torch.testing.assert_close(ours, (own + read) / 2)
+
+
 class Beside(nn.Module):
     """A first layer that is added to the input, and attention before a view that cannot shrink."""
 
