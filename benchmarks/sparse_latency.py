@@ -188,7 +188,7 @@ def machine(parts: list[dict[str, Any]]) -> str:
         return "nothing timed yet"
     busy = "busy with other work: " if max(loads) > parts[0]["cores"] else ""
     return (
-        f"{busy}load averages of {min(loads):.1f} to {max(loads):.1f} on {parts[0]['cores']} cores; "
+        f"{busy}load averages of {min(loads):.1f} to {max(loads):.1f}, {parts[0]['cores']} cores; "
         f"timed on {' and '.join(threads)}; on one thread cpu_ms and speedup leave other work out"
     )
 

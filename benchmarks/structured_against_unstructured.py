@@ -17,7 +17,7 @@ Structure of `results/structured_against_unstructured.json`::
                                   unstructured, structured}} with ratio, simplified_mb, coded_mb, ms
     methods                       {method: {kind, source}}: dense, magnitude, lobster, channels,
                                   serene; `kind` is dense | unstructured | structured
-    summary[]                     one dict a method, over its seeds; F = {mean, least, greatest}
+    summary[]                     one dict a method that all seeds have; F = {mean, least, greatest}
       .method .kind .seeds
       .zero_share F .removed_share F .channels_removed_share F
       .valid_accuracy F .test_accuracy F .parameters F .nonzero F .macs F
@@ -323,7 +323,11 @@ def collect(folder: Path) -> dict[str, Any]:
         "source_of_slides": SOURCE,
         "slides": SLIDES,
         "methods": METHODS,
-        "summary": [summary(method, seeds) for method in METHODS if rows_of(method, seeds)],
+        "summary": [
+            summary(method, seeds)
+            for method in METHODS
+            if seeds and len(rows_of(method, seeds)) == len(seeds)
+        ],
         "seeds": seeds,
     }
 
