@@ -788,8 +788,9 @@ for name, pattern in patterns.items():
 #
 # Kept in `results/`, made by three benchmarks of the same names. First
 # LeNet-5 on MNIST, each method at the sparsest round within its tolerance on
-# `valid`, dead units taken out. Then networks as large as the seminar's,
-# untrained, at the ratios of its slide: what does the clock say? Last, LOBSTER
+# `valid`. Then networks as large as the seminar's, untrained, at the ratios
+# of its slide: what does the clock say? (Dead units are taken out in all of
+# them: that is the slide's *simplified topology*.) Last, LOBSTER
 # and SeReNe by their own procedure, beside plain decay and magnitude at the
 # same bound.
 
@@ -844,12 +845,13 @@ if results["structured_against_unstructured"]:
     print("faster: times, batch 1 / batch 64; CSR: sparse layout")
     print(pd.DataFrame(rows).T.to_string(), "\n")
 if results["sparse_latency"]:
+    wanted = ("unstructured_simplified", "structured_parameters")
     rows = {}
     for net, found in results["sparse_latency"]["networks"].items():
         slides = found["slides"]
         first = found["rows"][0]
         for row in found["rows"] if slides else ():
-            if row["name"] not in ("unstructured", "structured_parameters"):
+            if row["name"] not in wanted:
                 continue
             there, whole_there = slides[row["kind"]], slides["dense"]
             fast = [
