@@ -142,10 +142,9 @@ for ax, (title, mask) in zip(
 plt.show()
 
 # %% [markdown]
-# The dust is better at keeping accuracy: each weight is chosen by itself.
-# But a kernel that multiplies matrices has to walk over the whole table on
-# the left. On the right it can be handed a table of half the height and
-# half the width.
+# The dust keeps accuracy better: each weight is chosen by itself. But the
+# routine that multiplies matrices has to walk over the whole table on the
+# left. On the right it gets one of half the height and half the width.
 #
 # ## By hand
 #
@@ -215,8 +214,8 @@ print(f"group  {together.tolist()}: drops {int(together.argmin())}")
 # \frac{\partial y_k}{\partial z_i} \right|, \qquad
 # w_i \leftarrow w_i - \eta\,g_i - \lambda\,w_i\,[\,1 - S_i\,]_+. \tag{3}$$
 #
-# Both then set to zero what lies below one threshold, chosen such that the
-# loss on `valid` rises by no more than a given tolerance, and train on.
+# Both then zero what lies below one threshold, chosen such that the loss on
+# `valid` rises by no more than a given tolerance, and train on.
 # **What is assumed**: that a gradient of 1 is a meaningful unit. Where all
 # gradients are far below 1, the bracket is 1 for all, and what remains is
 # plain weight decay. We shall look.
@@ -407,10 +406,6 @@ axes[1, 0].invert_yaxis()
 plt.show()
 
 # %% [markdown]
-# Nine weights in ten are gone in the middle, and but for the coded bytes
-# nothing has moved. On the right six channels in ten are gone, and every
-# bar is short, the clock's among them.
-#
 # ## Experiment 1: a channel of zeros still speaks
 #
 # A regulariser or a mask may empty whole filters and leave their biases, or
@@ -456,7 +451,7 @@ assert (careful.model(example) - holed(example)).abs().max() < 1e-4
 print("block.conv2 is now a", type(careful.model.block.conv2).__name__)
 
 # %% [markdown]
-# A third of the size either way, and one of the two is another network.
+# About a third of the size either way, and one of the two is another network.
 # Where a convolution pads with zeros, the constant ends at the border and no
 # bias can say that: `materialise` then puts a `ConstantBorder` around it,
 # which adds what is right at every place, for a few parameters more.
@@ -637,9 +632,8 @@ plt.show()
 # **Far more zeros, hardly any faster; fewer channels, really faster.** Single
 # weights win on what can be coded, channels on what a machine must hold and
 # do. At batch 1 even channels gain little here: the network is so small that
-# calling its kernels takes longer than their work. A sparse layout does not
-# save the zeros either: torch has one for linear layers only, and ours are
-# small.
+# calling its routines takes longer than their work. Nor does a sparse layout
+# help here: torch has one for linear layers only, and ours are small.
 #
 # ## Experiment 4: what do LOBSTER and SeReNe add?
 #
@@ -733,13 +727,12 @@ print("test accuracy in %, mean (range over seeds)")
 print(pd.DataFrame(added, index=columns).T.to_string())
 
 # %% [markdown]
-# Compare LOBSTER with *plain decay*, not with nothing: at this size they
-# can hardly be told apart, and after retraining neither can the four. The
-# sensitivity is a fine idea whose unit is missing: the gradient of a mean
-# loss shrinks with the size of the network and as training goes on, and 1 is
-# never near. (The authors train for hundreds of epochs and prune in many
-# rounds; `regularise_and_prune` is their whole procedure, and its figures
-# stand below.)
+# The baseline for LOBSTER and SeReNe is *plain decay*, not nothing. In so
+# few epochs the four can hardly be told apart, which neither speaks for the
+# regularisers nor proves them useless. What the figure shows is that the
+# unit is missing: here neither gradients nor sensitivities come near 1.
+# (The authors train for longer and prune in many rounds:
+# `regularise_and_prune`, whose runs belong to the next section.)
 #
 # ## Experiment 5: two of four
 #
@@ -777,12 +770,11 @@ for name, pattern in patterns.items():
     print(f"  {name:23} {told[0]:18} {told[1]}")
 
 # %% [markdown]
-# The first line is the pattern: two of every four, exactly. At a half, a
-# free choice of the same number is hardly better: here 2:4 costs next to
-# nothing. At 1 of 4 the pattern binds: compare before retraining. On a GPU
-# that has the cores, `torch.sparse.to_sparse_semi_structured` stores such a
-# weight (half precision, sizes a multiple of 64) and multiplies by it; on a
-# laptop there is nothing to measure.
+# At a half, a free choice of the same number is hardly better: here 2:4
+# costs next to nothing. At 1 of 4 the pattern binds: compare before
+# retraining. On a GPU that has the cores,
+# `torch.sparse.to_sparse_semi_structured` stores such a weight and
+# multiplies by it; on a laptop there is nothing to measure.
 #
 # ## The papers' setting
 #
@@ -885,14 +877,14 @@ if results["sensitivity_mnist"]:
         print(pd.DataFrame(rows).T.to_string() if rows else "no runs yet")
 
 # %% [markdown]
-# Below, ours and the slide's agree in what matters: nine zeros in ten leave
-# bytes and time nearly where they were; half of the parameters, taken as
-# channels, does more for the clock. Only where nearly all weights go, as in
-# AlexNet and LeNet-5, do so many units die that they can be taken out, and
-# the bytes fall too: by structure again. The coded bytes differ. The slide's
-# coder brings the *unpruned* VGG-16 from 60 MB to 3.6, so it must round the
-# weights as well, and with it the structured networks are smallest. Ours is
-# lossless, and there the zeros win.
+# Ours and the slide's agree in what matters: eight or nine zeros in ten leave
+# the bytes and time of large convolutional networks nearly where they were;
+# half of the parameters, taken as channels, does more for the clock. Where
+# many units die, as in AlexNet and LeNet-5, they can be taken out, and the
+# bytes fall too: by structure again. The coded bytes differ. The slide's
+# coder brings the *unpruned* VGG-16 from 60 MB to 3.6, so it probably rounds
+# the weights as well, and with it the structured networks are smallest. Ours
+# is lossless, and there the zeros win.
 #
 # ## Pitfalls
 #
@@ -904,8 +896,8 @@ if results["sensitivity_mnist"]:
 # 3. **An optimiser made before the surgery trains nothing.** It still holds
 #    the old tensors; it runs, the loss is reported, and the new network
 #    stays as it is. The same goes for averages of weights and for hooks.
-# 4. **MACs are not latency.** Small kernels are bound by their overhead and
-#    by memory, not by multiplications.
+# 4. **MACs are not latency.** Small layers wait for calls and memory, not for
+#    multiplications.
 
 # %%
 masked = holed
@@ -949,8 +941,10 @@ for batch in (1, 64):
 #   **middle** of the last interval, which may exceed the loss it promised;
 #   `prune_within` returns the safe end.
 # - SeReNe's code differentiates the *mean* of the outputs over the batch
-#   and averages once more: its $S$ is too small by the batch size, and a
-#   bracket that was near 1 is 1. Ours is equation (3).
+#   and averages once more: its full $S$ is too small by the batch size. Ours
+#   is equation (3). That is not the whole reason why all units shrink nearly
+#   alike: in the figure of experiment 4 the scale is right, and $S$ is still
+#   far below 1.
 #
 # ## Exercises
 #
@@ -1197,8 +1191,8 @@ for seed in range(12):
 #
 # ## Recap
 #
-# - Single weights: far more can go, which saves bytes when coded, and no
-#   time on ordinary kernels.
+# - Single weights: far more can go, which saves bytes when coded, and hardly
+#   any time.
 # - Channels: less can go, but what is left is a smaller dense network, and
 #   the clock agrees. Coupled channels go together, and what they emit as a
 #   constant is folded onwards.
@@ -1210,7 +1204,10 @@ for seed in range(12):
 # | skeletonization | units | slope of the error | yes | yes |
 # | optimal brain damage | weights | $h u^2/2$ | yes | no (zeros) |
 # | magnitude pruning | weights | size | no | only dead units |
-# | lottery tickets | weights | size, then rewound | no | no (zeros) |
+# | lottery ticket | weights, before training | trained size | by training | only dead units |
+# | SNIP, GraSP, SynFlow | weights, before training | eq. (3), lesson 4 | one batch; SynFlow none | only dead units |
+# | LOBSTER, SeReNe | weights; units | size, after shrinking | yes | only dead units |
+# | 2:4 | two weights of four | size | no | on some GPUs |
 # | channel pruning | groups of channels | norm over the group | no | yes |
 #
 # Next: lesson 6 removes no width but depth: it folds whole layers into
