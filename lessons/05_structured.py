@@ -20,9 +20,9 @@
 #
 # *Take out nine weights in ten, and the network is as slow as before. Take
 # out half of the channels, and it is really faster.* Lesson 3 ended on a
-# mask that bought bytes and no time. This lesson removes whole filters,
-# channels and groups of channels: what is left is an ordinary, smaller
-# network that any machine runs faster. The price is that less can go.
+# mask that bought bytes and no time. This lesson removes whole filters and
+# channels: what is left is an ordinary, smaller network. The price is that
+# less can go.
 #
 # ## You will be able to
 #
@@ -69,8 +69,7 @@ pd.set_option("display.width", 79)
 PROFILE = "quick"  # "standard": MNIST, minutes; "paper": MNIST, long
 
 # %% [markdown]
-# Everything that depends on the profile stands here. The networks below are
-# trained once and used all through the lesson; nothing changes them.
+# The networks below are trained once and used all through the lesson.
 
 # %%
 NAME, SIZE, IMAGES, EPOCHS, RETRAIN, STRENGTH, SEEDS = {
@@ -195,8 +194,8 @@ print(f"group  {together.tolist()}: drops {int(together.argmin())}")
 #
 # $$\rho_c = \frac{1}{|G|} \sum_{m \in G} \lVert W_m[c] \rVert. \tag{1}$$
 #
-# With the producer alone in $G$ and the L1 norm this is the *filter norm* of
-# Li et al. It costs nothing, looks at no data, and assumes what lesson 3
+# With the layer that makes it alone in $G$ and the L1 norm this is the
+# *filter norm* of Li et al. It looks at no data and assumes what lesson 3
 # assumed: that size tells worth.
 #
 # Two regularisers of the seminar shrink what is *insensitive* while the
@@ -344,11 +343,9 @@ for group in groups:
     )
 
 # %% [markdown]
-# `block.conv1` has channels of its own, inside the branch: they go without
-# disturbing anyone. The stream's go through the whole network, here in six
-# places, in a ResNet-50 in dozens. `channel_groups` follows them through
-# additions, concatenations, flattening, norms and depthwise convolutions
-# (the search is Torch-Pruning's, after Fang et al.).
+# `block.conv1` has channels of its own, inside the branch. The stream's go
+# through the whole network, here in six places. `channel_groups` follows
+# them (the search is Torch-Pruning's, after Fang et al.).
 #
 # Half of both groups goes now. If the surgery is right, the small network
 # computes **what the dense one does with those channels set to zero**:
@@ -461,8 +458,7 @@ print("block.conv2 is now a", type(careful.model.block.conv2).__name__)
 # The same dense networks, six rounds, the same epochs of retraining after
 # each. *Single weights*: magnitude, one threshold for all layers.
 # *Channels*: equation (1). *Channels by lot*: whatever these reach is owed
-# to retraining, not to the choice. The same runs are drawn three times,
-# over three costs.
+# to retraining, not to the choice. The same runs over three costs:
 
 # %% mystnb={"image": {"alt": "Three panels of test accuracy with the cost falling from left to right, for single weights, channels and random channels. Over parameters that are not zero, single weights stay highest longest. Over coded bytes the three lie closer together, single weights still ahead. Over latency, single weights stand still at 100 per cent while channels go down to a fifth with little loss; random channels fall earlier."}}
 ROUNDS = {"rounds": 6, "epochs": RETRAIN, "lr": SETTINGS["lr"]}
