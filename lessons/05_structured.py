@@ -183,8 +183,8 @@ together = torch.stack(members).sum(0)
 print(f"group  {together.tolist()}: drops {int(together.argmin())}")
 
 # %% [markdown]
-# Three layers, three opinions. Channel 0, the weakest one of the stem, is
-# the strongest of the group.
+# Three layers, three opinions: channel 0, the stem's weakest, is the
+# strongest of the group.
 #
 # ## Maths
 #
@@ -734,9 +734,9 @@ print(pd.DataFrame(added, index=columns).T.to_string())
 #
 # Between dust and blocks lies a pattern that hardware can follow: of every
 # four neighbouring inputs keep the two largest. The count is exact in every
-# row, the positions fit in two bits each, and the tensor cores of NVIDIA's
-# GPUs (from 2020 on) skip what is zero, at up to twice the speed. **Only
-# they do**: on any other machine 2:4 is one more mask.
+# row, and the tensor cores of NVIDIA's GPUs (from 2020 on) can skip what is
+# zero, by their maker's count at up to twice the speed. On a machine that
+# cannot, 2:4 is one more mask.
 
 # %%
 row = torch.tensor([[0.5, -2.0, 1.5, 0.1, -3.0, 1.0, 0.2, -0.4]])
