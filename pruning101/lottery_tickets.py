@@ -117,9 +117,10 @@ def find_ticket(
         ValueError: rates or counts out of range, unknown layers, or a history begun with another
             network or other settings.
     """
-    if rounds < 0 or not 0 <= rewind_to < iterations:
+    whole = all(type(n) is int for n in (rounds, rewind_to, iterations))
+    if not whole or rounds < 0 or not 0 <= rewind_to < iterations:
         raise ValueError(
-            "rounds must be at least 0 and rewind_to an iteration before the last; got "
+            "rounds must be at least 0 and rewind_to an iteration before the last, all whole; got "
             f"rounds={rounds!r}, rewind_to={rewind_to!r}, iterations={iterations!r}"
         )
     rates = _rates(model, data, rate, output_rate, scope)

@@ -239,6 +239,11 @@ def _rounds(
     kept, schedules = masks.masks_of(model), cast(dict[Group, Any], {})
     for k in range(1, rounds + 1):
         found = function(work, batches)
+        if not isinstance(found, dict) or not found:
+            raise ValueError(
+                "score must give a dictionary of scores by parameter name, as snip does, and gave "
+                f"{'an empty one' if found == {} else f'a {type(found).__name__}'}."
+            )
         if k == 1:
             kept = {n: kept.get(n, _whole(s)) for n, s in found.items()}
             schedules = {g: _schedule(kept, g, sparsity) for g in _groups(found, scope)}
@@ -360,6 +365,7 @@ def _moved(model: nn.Module, batches: Batches) -> Iterator[tuple[Tensor, Tensor]
     """Bring batches to the model's device and floating-point type."""
     like = next(model.parameters())
     for images, labels in _pairs(batches):
+        _some(len(images))
         yield images.to(like), labels.to(like.device)
 
 

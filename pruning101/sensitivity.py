@@ -88,7 +88,7 @@ def neuron_sensitivity(
         for layer, s in _felt(model, images.to(device, dtype), kind):  # s: [..., neurons]
             felt[layer] = felt.get(layer, 0) + s.flatten(0, -2).sum(0)
             seen[layer] = seen.get(layer, 0) + s[..., 0].numel()
-    if not felt:
+    if not all(seen.values()) or not felt:
         raise ValueError("nothing to measure: give a batch, and a model that has neurons")
     return {layer: total / seen[layer] for layer, total in felt.items()}
 
@@ -116,8 +116,9 @@ def _felt(model: nn.Module, images: Tensor, kind: Kind) -> list[tuple[str, Tenso
     finally:
         for handle in handles:
             handle.remove()
-    if y.ndim != 2:
-        raise ValueError(f"the outputs must be [B, K] to be felt, but have shape {list(y.shape)}")
+    if not isinstance(y, Tensor) or y.ndim != 2:
+        what = f"have shape {list(y.shape)}" if isinstance(y, Tensor) else "are no tensor"
+        raise ValueError(f"the outputs must be [B, K] to be felt, but {what}")
     if kind == "local":
         return [(name, (value > 0).to(value.dtype)) for name, value in zip(names, z, strict=True)]
     felt = [torch.zeros_like(value) for value in z]
@@ -300,8 +301,10 @@ def regularise_and_prune(
     _check(strength, sensitivity, tolerance)
     if method not in ("lobster", "serene", None):
         raise ValueError(f'method must be "lobster", "serene" or None, got {method!r}')
-    if min(rounds, patience, epochs) < 1:
-        raise ValueError(f"{rounds=}, {patience=} and {epochs=} must be at least 1")
+    if any(type(n) is not int or n < 1 for n in (rounds, patience, epochs)):
+        raise ValueError(f"{rounds=}, {patience=} and {epochs=} must be whole numbers, 1 or more")
+    if own := {"epochs", "lr", "seed", "after_step"} & set(train or {}):
+        raise ValueError(f"{min(own)!r} is set by the procedure; take it out of train")
     history = History() if history is None else history
     options: dict[str, Any] = {"progress": False, **(train or {}), "lr": lr}
     penalty = dict(method=method, strength=strength, sensitivity=sensitivity)
@@ -331,6 +334,9 @@ def regularise_and_prune(
 
     def gone_in(work: nn.Module) -> int:
         return sum(int((~mask).sum()) for mask in masks.masks_of(work).values())
+
+    if len(history) and history.last.model is None:
+        raise ValueError("the history's last step has no model to go on from; start a new one")
 
     def run() -> Iterator[Step]:
         work = masks.clone(history.last.model if len(history) else model)
@@ -392,9 +398,9 @@ def _check(
     strength: float = 0, sensitivity: str = "full", tolerance: float = 0, resolution: float = 0
 ) -> None:
     for name, share in (("strength", strength), ("resolution", resolution)):
-        if not 0 <= share <= 1:
+        if not isinstance(share, int | float) or not 0 <= share <= 1:
             raise ValueError(f"{name} must be a share of the weights in [0, 1], got {share!r}")
     if sensitivity not in get_args(Kind):
         raise ValueError(f"the sensitivity must be one of {get_args(Kind)}, got {sensitivity!r}")
-    if not 0 <= tolerance < math.inf:
+    if not isinstance(tolerance, int | float) or not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance must be a finite share of the loss, 0 or more: {tolerance!r}")

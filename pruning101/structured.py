@@ -133,6 +133,8 @@ def _values(
         if gradients is None:
             raise ValueError('kind="taylor" needs gradients; make them with gradients(...).')
         name = next(name for name, p in model.named_parameters() if p is weight)
+        if name not in gradients:
+            raise ValueError(f"gradients hold none of {name!r}; make them with gradients(...).")
         return (weight * gradients[name].to(weight.device)).abs()
     raise ValueError(
         f'kind must be "l1", "l2", "linf", "taylor", "batch_norm" or "random", not {kind!r}.'
@@ -195,8 +197,9 @@ def prune_channels(
     On convolutional networks the result computes what the dense one does with those channels at
     zero, to rounding; ``LayerNorm`` over a pruned stream sees fewer channels, and does not.
     Parameters are new tensors afterwards: an optimiser made before holds the old ones and must be
-    made anew, gradients are cut along, hooks on parameters are gone, and an
-    ``nn.MultiheadAttention`` has become a ``core.attention.NarrowAttention``.
+    made anew, gradients are cut along, hooks on parameters are gone, weights that layers shared are
+    each layer's own, and an ``nn.MultiheadAttention`` has become a
+    ``core.attention.NarrowAttention``.
 
     Raises:
         ValueError: a sparsity out of range or one that leaves a group nothing, scores that do not
@@ -247,6 +250,11 @@ def _checked(
     if callable(scores):
         given = {group.name: scores(group, model) for group in groups}
     else:
+        if not isinstance(scores, Mapping):
+            raise ValueError(
+                "scores must hold a tensor for each group, by its name, or be a function of group "
+                f"and model, not {scores!r} (group_importance is one; partial sets its kind)."
+            )
         given = dict(scores)
     for group in groups:
         if group.name not in given:
@@ -254,11 +262,11 @@ def _checked(
                 f"There are no scores for the group {group.name!r}; the groups are "
                 f"{', '.join(names)} (layers=[...] restricts them)."
             )
-        shape = tuple(given[group.name].shape)
-        if shape != (group.channels,):
+        score = given[group.name]
+        if not isinstance(score, Tensor) or score.shape != (group.channels,):
+            what = f"shape {tuple(score.shape)}" if isinstance(score, Tensor) else f"value {score}"
             raise ValueError(
-                f"The scores of {group.name!r} have shape {shape}, but it has {group.channels} "
-                "channels."
+                f"The scores of {group.name!r} have {what}, but it has {group.channels} channels."
             )
     _check_names(given, names)
     return {name: given[name].detach().cpu() for name in names}
@@ -332,8 +340,14 @@ def prune_iteratively(
         ValueError: values out of range, unknown layers or such whose channels must stay, a model
             that :func:`prune_channels` refuses, or a history begun with other settings.
     """
-    if rounds < 1 or epochs < 0:
+    if not type(rounds) is type(epochs) is int or rounds < 1 or epochs < 0:
         raise ValueError(f"rounds must be at least 1 and epochs at least 0, got {rounds}, {epochs}")
+    if isinstance(sparsity, Mapping) or not callable(scores):
+        raise ValueError(
+            f"rounds need one number and a function of group and model: {sparsity=}, {scores=}"
+        )
+    if own := {"epochs", "lr", "seed"} & set(retrain or {}):
+        raise ValueError(f"{min(own)!r} is an argument of its own; take it out of retrain")
     layers = None if layers is None else list(layers)
     images, _ = next(iter(data.batches("valid", 1, device=runs.device_of(model))))
     example = images.to(runs.dtype_of(model))

@@ -46,6 +46,8 @@ def lively(model, seed=0):
             module.in_proj_bias.data.normal_(0, 0.3, generator=g)
         if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
             module.bias.data.normal_(0, 0.2, generator=g)
+        if isinstance(module, nn.Linear) and not module.weight.any():  # the head of ViT
+            module.weight.data.normal_(0, 0.2, generator=g)
     return model.eval()
 
 

@@ -146,11 +146,13 @@ def remove_from_groups(
             shapes = [t.shape for t in tensors_in(model(*model_inputs(model, example)))]
         if shapes != found.output_shapes:
             raise RuntimeError(f"the output changes from {found.output_shapes} to {shapes}")
-    except Exception as error:
+    except BaseException as error:
         for m, attributes, parameters, buffers, modules in before:
             vars(m).clear()
             vars(m).update(attributes)
             m._parameters, m._buffers, m._modules = parameters, buffers, modules
+        if not isinstance(error, Exception):
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         one = len(concerned) == 1
         which = repr(concerned[0].name) if one else f"{len(concerned)} groups"

@@ -99,9 +99,15 @@ def slopes(flow: nn.Module, weights: dict[str, nn.Parameter], ones: Tensor) -> d
 
 
 def run(model: nn.Module, images: Tensor) -> Tensor:
-    """Run the model so that it can be differentiated twice."""
+    """Run the model, which gives one tensor, so that it can be differentiated twice."""
     with tracing.plain_attention():  # fused attention has a first derivative only
-        return model(images)
+        outputs = model(images)
+    if not isinstance(outputs, Tensor):
+        raise ValueError(
+            f"{type(model).__name__} gives a {type(outputs).__name__}, and scores need one tensor "
+            "of outputs; wrap it in a module that returns that one."
+        )
+    return outputs
 
 
 def zero_lowest(weights: list[Tensor], slopes: list[Tensor], share: float) -> float | None:

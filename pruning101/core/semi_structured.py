@@ -26,8 +26,10 @@ def semi_structured(
     Raises:
         ValueError: ``keep`` not in 1 .. group, NaN, or scores without an input dimension.
     """
-    if not 1 <= keep <= group:
-        raise ValueError(f"keep must be between 1 and group={group}, not {keep!r}.")
+    if not (type(keep) is type(group) is int and 1 <= keep <= group):
+        raise ValueError(
+            f"keep must be between 1 and group, both whole numbers, not {keep!r} of {group!r}."
+        )
     result: dict[str, BoolTensor] = {}
     for name, score in scores.items():
         if score.dim() < 2 or bool(score.isnan().any()):
@@ -35,7 +37,8 @@ def semi_structured(
             raise ValueError(f"{name!r} has {what}; leave it out, or look at how it is scored.")
         inputs = score.shape[1]
         # What is padded goes last of all where there is a choice, and first where there is none.
-        rows = F.pad(score.movedim(1, -1).double(), (0, -inputs % group), value=-math.inf)
+        rows = score.movedim(1, -1).double().clamp_min(torch.finfo(torch.float64).min)
+        rows = F.pad(rows, (0, -inputs % group), value=-math.inf)
         rows = rows.unflatten(-1, (-1, group))  # [out, ..., groups, group]
         lowest = rows.argsort(dim=-1, stable=True)[..., : group - keep]
         mask = torch.ones_like(rows, dtype=torch.bool).scatter(-1, lowest, False)

@@ -119,6 +119,8 @@ def sparse_layout(model: nn.Module, *, layers: Iterable[str] | None = None) -> n
                 raise ValueError(
                     f"{name!r} cannot have a sparse layout: {_obstacle(found[name])}; leave it out."
                 )
+    if not chosen and layers is not None:
+        raise ValueError("layers names no layer; name linear layers, or leave it out for all.")
     if not chosen:
         stays = "; ".join(f"{name!r} is dense: {_obstacle(layer)}" for name, layer in found.items())
         raise ValueError(

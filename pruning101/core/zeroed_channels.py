@@ -22,12 +22,7 @@ from pruning101.core.channels import (
     remove_from_groups,
 )
 from pruning101.core.structure import linear_chains
-from pruning101.core.tracing import (
-    Example,
-    model_inputs,
-    tensors_in,
-    undisturbed,
-)
+from pruning101.core.tracing import Example, model_inputs, tensors_in, undisturbed
 
 _READERS = (
     *constants.LAYERS,
@@ -98,7 +93,11 @@ def shrink(
         model = masks.clone(model)
     before = [(m, {k: _shallow(v) for k, v in vars(m).items()}) for m in model.modules()]
     values = [(p, p.data) for p in model.parameters()]
-    expected = _outputs(model, example)
+    try:
+        expected = _outputs(model, example)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{type(model).__name__} fails on the example: {reason}") from error
     removed: Counter[str] = Counter()
     try:
         masks.make_permanent(model)
