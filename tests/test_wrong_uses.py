@@ -214,3 +214,28 @@ def test_a_search_counts_in_whole_numbers(digits, arguments):
 
 def test_a_layout_of_no_layer_is_refused():
     refused("layers names no layer", lambda: sparse_layout(convnet(), layers=[]))
+
+
+class WithAuxiliary(nn.Module):
+    """A head in the middle that runs in training only, as GoogLeNet's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(1, 8, 3), nn.Linear(8, 10)
+        self.auxiliary = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = self.conv(x).relu()
+        out = self.fc(x.mean((2, 3)))
+        return (out, self.auxiliary(x)) if self.training else out
+
+
+def test_a_head_that_runs_in_training_only_is_not_left_behind():
+    model, example = WithAuxiliary(), torch.rand(2, 1, 8, 8)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match="in training, where auxiliary read them; take these out"):
+        structured.prune_channels(model, example, 0.5)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert model.training
+    model.auxiliary = nn.Identity()
+    assert structured.prune_channels(model, example, 0.5).removed == {"conv": 4}

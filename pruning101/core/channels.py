@@ -22,11 +22,13 @@ class Coupling:
 
     ``groups`` may lose channels; ``fixed`` says for each layer in none of them why its channels
     must stay; ``output_shapes`` are those of the network for the example, and must stay, too.
+    ``unreached`` are layers that did not run, be it that they run in training only.
     """
 
     groups: list[ChannelGroup]
     fixed: dict[str, str]
     output_shapes: list[torch.Size]
+    unreached: tuple[str, ...]
 
 
 def channel_groups(
@@ -55,7 +57,8 @@ def coupling(
     """Return the groups as :func:`channel_groups` does, with the reasons of what is left out."""
     graph = Graph(model, example)
     names = graph.roots if layers is None else [graph.root(layer) for layer in layers]
-    found = Coupling([], dict(graph.unreached) if layers is None else {}, graph.output_shapes)
+    fixed = dict(graph.unreached) if layers is None else {}
+    found = Coupling([], fixed, graph.output_shapes, tuple(graph.unreached))
     seen: set[str] = set()
     for name in names:
         if name in seen:
@@ -110,7 +113,7 @@ def remove_channels(
         group = graph.group(name)
     except Fixed as reason:
         raise ValueError(f"The units of {layer!r} cannot go: {reason}.") from None
-    found = Coupling([group], {}, graph.output_shapes)
+    found = Coupling([group], {}, graph.output_shapes, tuple(graph.unreached))
     remove_from_groups(model, found, {name: torch.tensor(chosen)}, example)
 
 
@@ -128,6 +131,7 @@ def remove_from_groups(
         (m, dict(vars(m)), dict(m._parameters), dict(m._buffers), dict(m._modules))
         for m in model.modules()
     ]
+    trains = bool(found.unreached) and _runs_in_training(model, example)
     try:
         gone: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
         axes: dict[tuple[str, str], int | None] = {}
@@ -146,6 +150,10 @@ def remove_from_groups(
             shapes = [t.shape for t in tensors_in(model(*model_inputs(model, example)))]
         if shapes != found.output_shapes:
             raise RuntimeError(f"the output changes from {found.output_shapes} to {shapes}")
+        if trains and not _runs_in_training(model, example):
+            raise RuntimeError(
+                f"in training, where {', '.join(found.unreached)} read them; take these out first"
+            )
     except BaseException as error:
         for m, attributes, parameters, buffers, modules in before:
             vars(m).clear()
@@ -161,6 +169,16 @@ def remove_from_groups(
             f"Units of {which} cannot be removed, the network would not run without them "
             f"({reason}); nothing was changed{hint}."
         ) from error
+
+
+def _runs_in_training(model: nn.Module, example: Example) -> bool:
+    with undisturbed(model), torch.no_grad():
+        model.train()
+        try:
+            model(*model_inputs(model, example))
+        except Exception:
+            return False
+    return True
 
 
 def member_weight(model: nn.Module, member: Member) -> Tensor:

@@ -237,6 +237,8 @@ class Graph:
         while waiting:
             node, handler, found, width = waiting.pop()
             width = self._check(node, handler, width)
+            if width is not None and bool((found[0] >= width).any()):
+                raise Fixed("on the way their positions are counted in a way that is not known")
             known = parts.get((node, handler))
             new = found if known is None else _unknown(found, known)
             if not len(new[0]):

@@ -150,7 +150,7 @@ def test_the_tiny_lesson_answers_its_slider(browser, serve, app, built, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lesson", ["03_magnitude"])
+@pytest.mark.parametrize("lesson", ["03_magnitude", "04_lottery_tickets", "05_structured"])
 def test_a_lesson_answers_its_slider(browser, serve, app, tmp_path, lesson):
     material = tmp_path / "material"  # a copy: JupyterLab saves what it ran
     for folder in ("lessons", "notebooks", "results"):
