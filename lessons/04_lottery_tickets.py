@@ -910,9 +910,10 @@ for rate in (0.0, 0.2, 0.5, 1.0):
     mask, ticket = prune_and_rewind(initial, trained, everything, rate)
     assert int((~mask).sum()) == round(rate * 63), "wrong count"
     if 0 < rate < 1:
-        assert trained.abs()[mask].min() > trained.abs()[~mask].max()
+        smallest_kept = trained.abs()[mask].min()
+        assert smallest_kept > trained.abs()[~mask].max(), "a larger one went"
     assert torch.equal(ticket != 0, mask), "zeros elsewhere"
-    assert torch.equal(ticket[mask], before[0][mask])
+    assert torch.equal(ticket[mask], before[0][mask]), "not initial values"
     assert torch.equal(initial, before[0]), "`initial` was changed"
     assert torch.equal(trained, before[1]), "`trained` was changed"
 ### END HIDDEN TESTS
