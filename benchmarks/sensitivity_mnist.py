@@ -248,6 +248,8 @@ def collect(folder: Path) -> dict[str, Any]:
     nets: dict[str, Any] = {}
     for net, recipe in RECIPES.items():
         runs = read(folder, f"{net}-*.json")
+        if not runs:
+            continue
         reported = [run for run in runs if run["seed"] != TUNING_SEED]
         dense = [run for run in reported if run["method"] == "magnitude"]
         summary = {}
