@@ -159,7 +159,7 @@ def find_ticket(
             kept = masks_after_round(cast(nn.Module, last.model), rates, scope=scope)
             # Under its masks a ticket still holds every weight of the iteration rewound to.
             first, ticket = rewind_to, masks.clone(cast(nn.Module, last.ticket))
-            removed = _count(_kept(ticket).values()) - _count(kept.values())
+            removed = _count(magnitude.survivors(ticket).values()) - _count(kept.values())
             masks.apply(ticket, kept)
             origin = ticket
         run = train(
@@ -171,7 +171,7 @@ def find_ticket(
         )
         seconds = time.perf_counter() - start
         step = measured(index, removed, run.model, data, seconds=seconds)
-        there = _kept(ticket).values()
+        there = magnitude.survivors(ticket).values()
         return Ticket(
             **vars(step),
             density=_count(there) / sum(mask.numel() for mask in there),
@@ -212,7 +212,7 @@ def masks_after_round(
         ValueError: a rate outside [0, 1], an unknown layer or scope, or different global rates.
     """
     shares = _checked_rates(rates, structure.prunable(model))
-    kept = _kept(model)
+    kept = magnitude.survivors(model)
     # What is gone ranks below all that is left.
     ranked = {n: s.masked_fill(~kept[n], -math.inf) for n, s in magnitude.scores(model).items()}
     names = [f"{layer}.weight" for layer, share in shares.items() if share > 0]
@@ -275,14 +275,6 @@ def _output_layer(model: nn.Module, data: Dataset) -> str:
     if not called:
         raise ValueError("the model calls no convolution or linear layer, so there is no ticket")
     return called[-1]
-
-
-def _kept(model: nn.Module) -> dict[str, BoolTensor]:
-    """What no mask has removed yet, by name of the weight."""
-    present = masks.masks_of(model)
-    weights = {f"{n}.weight": m.weight for n, m in structure.prunable(model).items()}
-    whole = {n: torch.ones_like(cast(Tensor, w), dtype=torch.bool) for n, w in weights.items()}
-    return {name: present.get(name, cast(BoolTensor, mask)) for name, mask in whole.items()}
 
 
 def _count(kept: Iterable[Tensor]) -> int:
@@ -373,8 +365,7 @@ def sign_ticket(ticket: nn.Module | Ticket) -> nn.Module:
     work = _network(ticket)
     with torch.no_grad():
         for layer in structure.prunable(work).values():
-            stored = layer._parameters.get("weight_orig")
-            weight = cast(Tensor, layer.weight if stored is None else stored)
+            weight = masks.original(layer, "weight")
             weight.copy_(weight.sign() * weight.std(correction=0))
     masks.refresh(work)
     return work

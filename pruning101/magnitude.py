@@ -39,6 +39,14 @@ def scores(model: nn.Module) -> dict[str, Tensor]:
     return {f"{layer}.weight": w.abs() for layer, w in _weights(model).items()}
 
 
+def survivors(model: nn.Module) -> dict[str, BoolTensor]:
+    """Return what no mask has removed yet, by parameter name: True where the weight is there."""
+    present = masks.masks_of(model)
+    weights = {f"{layer}.weight": w for layer, w in _weights(model).items()}
+    whole = {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
+    return {name: present.get(name, cast(BoolTensor, mask)) for name, mask in whole.items()}
+
+
 def masks_by_std(model: nn.Module, quality: PerLayer) -> dict[str, BoolTensor]:
     """Return masks that remove ``|w| < T_l`` with ``T_l = q_l * std(w_l)`` (section 4).
 
@@ -51,7 +59,7 @@ def masks_by_std(model: nn.Module, quality: PerLayer) -> dict[str, BoolTensor]:
     Raises:
         ValueError: a negative or NaN quality, an unknown layer, or NaN among the weights.
     """
-    weights, kept = _weights(model), _kept(model)
+    weights, kept = _weights(model), survivors(model)
     qualities = _per_layer(quality, weights, "quality", default=0.0)
     result: dict[str, BoolTensor] = {}
     for layer, w in weights.items():
@@ -63,7 +71,7 @@ def masks_by_std(model: nn.Module, quality: PerLayer) -> dict[str, BoolTensor]:
                 f"the weights of {layer!r} contain NaN, which no threshold can judge; "
                 "look at the training that made them"
             )
-        alive = kept[layer]
+        alive = kept[f"{layer}.weight"]
         threshold = 0.0
         if bool(alive.any()):
             threshold = qualities[layer] * float(w[alive].std(correction=0))
@@ -278,7 +286,7 @@ def prune_iteratively(
         quality=quality,
         rounds=rounds,
         scope=scope,
-        score=getattr(score, "__qualname__", repr(score)),
+        score=score,
         epochs=epochs,
         lr=lr,
         penalty=penalty,
@@ -293,15 +301,12 @@ def prune_iteratively(
         return _masks_by_score(work, score(work), cast(PerLayer, sparsity), index / rounds, scope)
 
     def run() -> Iterator[Step]:
-        last = history.last
-        if last is not None and last.model is None:
-            raise ValueError("the history's last step has no model to go on from; start a new one")
-        work = masks.clone(model if last is None else last.model)
+        work = history.latest(model)
         for index in range(len(history) + 1, rounds + 1):
             start = time.perf_counter()
-            before = _count(_kept(work).values())
+            before = _count(survivors(work).values())
             masks.apply(work, select(work, index))
-            removed = before - _count(_kept(work).values())
+            removed = before - _count(survivors(work).values())
             if epochs:
                 options: dict[str, Any] = {"progress": False, **(retrain or {})}
                 if penalty is not None:
@@ -338,7 +343,7 @@ def _masks_by_score(
     scope: Literal["global", "layer"],
 ) -> dict[str, BoolTensor]:
     """Masks for the share ``progress`` of the way to ``sparsity``, on a geometric schedule."""
-    kept = {f"{layer}.weight": mask for layer, mask in _kept(model).items()}
+    kept = survivors(model)
     # What is gone ranks below all that is left, whatever the score says of it.
     ranked = {name: s.masked_fill(~kept[name], -math.inf) for name, s in score.items()}
     if not isinstance(sparsity, Mapping):
@@ -356,15 +361,6 @@ def _masks_by_score(
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     masks.refresh(model)  # an optimiser's step leaves the effective weights behind
     return {n: cast(Tensor, m.weight).detach() for n, m in structure.prunable(model).items()}
-
-
-def _kept(model: nn.Module) -> dict[str, Tensor]:
-    """What no mask has removed yet, by layer."""
-    masked = masks.masks_of(model)
-    return {
-        layer: masked.get(f"{layer}.weight", torch.ones_like(w, dtype=torch.bool))
-        for layer, w in _weights(model).items()
-    }
 
 
 def _count(kept: Any) -> int:

@@ -209,7 +209,7 @@ def prune_iteratively(
         method=method, loss=loss, scope=scope, batch_size=batch_size, seed=seed,
     )  # fmt: skip
     kept_at_first = 1 - masks.sparsity(model)
-    model = masks.clone(history.last.model if history.last else model)
+    model = history.latest(model)
     for index in range(len(history) + 1, rounds + 1):
         started = time.perf_counter()
         draw = seed * 10_000 + index  # no two rounds of two seeds share one

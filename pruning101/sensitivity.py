@@ -53,7 +53,7 @@ def lobster(
         if all(p.grad is None for p in model.parameters()):
             raise ValueError("the model has no gradients; call this after backward()")
         for module, leaf in _targets(model, biases=biases, norms=norms).values():
-            weight = _stored(module, leaf)
+            weight = masks.original(module, leaf)
             slope = torch.zeros_like(weight) if weight.grad is None else weight.grad
             _shrink(module, leaf, strength * (1 - slope.abs()).relu())
         masks.refresh(model)
@@ -178,7 +178,7 @@ class serene:
             for layer, total in sums.items():
                 share = self.strength * (1 - total / count).relu()  # [neurons]
                 module = model.get_submodule(layer)
-                ones = [1] * (_stored(module, "weight").ndim - 1)
+                ones = [1] * (masks.original(module, "weight").ndim - 1)
                 _shrink(module, "weight", share.view(-1, *ones))
         masks.refresh(model)
 
@@ -229,7 +229,7 @@ def prune_within(
     targets = _targets(trial, biases=biases, norms=norms)
     if not targets:
         raise ValueError("the model has no convolution or linear layer to prune")
-    weights = {name: _stored(*at) for name, at in targets.items()}
+    weights = {name: masks.original(*at) for name, at in targets.items()}
     original = {name: weight.detach().clone() for name, weight in weights.items()}
     magnitudes = {name: weight.abs() for name, weight in original.items()}
     for name in magnitudes.keys() & kept.keys():  # gone ranks below all that is left
@@ -335,11 +335,9 @@ def regularise_and_prune(
     def gone_in(work: nn.Module) -> int:
         return sum(int((~mask).sum()) for mask in masks.masks_of(work).values())
 
-    if len(history) and history.last.model is None:
-        raise ValueError("the history's last step has no model to go on from; start a new one")
+    work = history.latest(model)
 
     def run() -> Iterator[Step]:
-        work = masks.clone(history.last.model if len(history) else model)
         for index in range(len(history) + 1, rounds + 1):
             start = time.perf_counter()
             train_to_plateau(work, index)
@@ -369,7 +367,7 @@ def _targets(model: nn.Module, *, biases: bool, norms: bool) -> dict[str, tuple[
         norm = norms and isinstance(module, kinds)
         wanted = {"weight": prefix in layers or norm, "bias": (prefix in layers and biases) or norm}
         for leaf in (leaf for leaf, takes_part in wanted.items() if takes_part):
-            parameter = _stored(module, leaf)
+            parameter = masks.original(module, leaf)
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
                 targets[f"{prefix}.{leaf}" if prefix else leaf] = (module, leaf)
@@ -382,14 +380,9 @@ def _layers_with_neurons(model: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in structure.prunable(model).items() if not isinstance(m, transposed)}
 
 
-def _stored(module: nn.Module, leaf: str) -> Tensor:
-    """The trainable tensor: ``weight_orig`` where ``weight`` is masked."""
-    return cast(Tensor, module._parameters.get(f"{leaf}_orig", module._parameters.get(leaf)))
-
-
 def _shrink(module: nn.Module, leaf: str, share: Tensor) -> None:
     """Take ``share`` of each weight away, where it is neither masked nor frozen."""
-    weight, mask = _stored(module, leaf), module._buffers.get(f"{leaf}_mask")
+    weight, mask = masks.original(module, leaf), module._buffers.get(f"{leaf}_mask")
     if weight.requires_grad:
         weight.addcmul_(weight, share if mask is None else share * mask, value=-1)
 

@@ -307,7 +307,7 @@ def skeletonize(
     for step in history:
         for layer, _, unit in (name.rpartition(":") for name in step.removed):
             numbers[layer].remove(int(unit))
-    current = masks.clone(history.last.model if len(history) else model)
+    current = history.latest(model)
     if not len(history) and not reaches_goal(current, 0):
         raise ValueError(
             f"the network does not reach {goal:.3f} accuracy on valid within {epochs} epochs; "

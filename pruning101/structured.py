@@ -6,7 +6,6 @@ important a group's channels are is a sum of norms (Li et al., Pruning filters f
 ConvNets, ICLR 2017, arXiv 1608.08710, for one layer; DepGraph, section 3.3, for a group).
 """
 
-import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -362,7 +361,7 @@ def prune_iteratively(
         sparsity=sparsity,
         rounds=rounds,
         scope=scope,
-        scores=_name_of(scores),
+        scores=scores,
         layers=layers,
         epochs=epochs,
         lr=lr,
@@ -371,10 +370,7 @@ def prune_iteratively(
     )
 
     def run() -> Iterator[Step]:
-        last = history.last
-        if last is not None and last.model is None:
-            raise ValueError("the history's last step has no model to go on from; start a new one")
-        work = masks.clone(model if last is None else last.model)
+        work = history.latest(model)
         for index in range(len(history) + 1, rounds + 1):
             begin = time.perf_counter()
             gone = 1 - (1 - sparsity) ** (index / rounds)
@@ -402,10 +398,3 @@ def prune_iteratively(
 
 def _equal(group: ChannelGroup, model: nn.Module) -> Tensor:
     return torch.zeros(group.channels)
-
-
-def _name_of(function: Any) -> str:
-    """A name that is the same in the next process, for the settings of a history."""
-    if isinstance(function, functools.partial):
-        return f"{_name_of(function.func)}({function.keywords})"
-    return getattr(function, "__qualname__", repr(function))

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -165,3 +166,32 @@ def test_a_kind_that_is_no_record_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match=r"cannot be read \(TypeError: .* no kind of record"):
         steps.History.load(tmp_path)
+
+
+def test_settings_remember_functions_by_name():
+    def settings(share):
+        # made anew, as in another process: the same names at other addresses
+        def loss(outputs, labels):
+            return 0
+
+        return {"loss": loss, "score": functools.partial(loss, share=share)}
+
+    first, again = settings(1), settings(1)
+    history = steps.History()
+    history.bind(**first)
+    history.append(epoch(1))
+    history.bind(**again)
+    with pytest.raises(ValueError, match="score="):
+        history.bind(**settings(2))
+
+
+def test_the_latest_network_is_a_copy_of_the_last_steps_or_of_the_given_one():
+    given, history = nn.Linear(2, 1), steps.History()
+    assert history.latest(given) is not given
+    assert torch.equal(history.latest(given).weight, given.weight)
+    history.append(step(1, nn.Linear(2, 3)))
+    assert history.latest(given).out_features == 3
+    assert history.latest(given) is not history.last.model
+    history.append(step(2))
+    with pytest.raises(ValueError, match="no model to go on from"):
+        history.latest(given)

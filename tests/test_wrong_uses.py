@@ -11,7 +11,7 @@ from torch import nn
 
 from pruning101 import lottery_tickets, sensitivity, structured
 from pruning101 import pruning_at_initialisation as pai
-from pruning101.core import channels
+from pruning101.core import channels, zeroed_channels
 from pruning101.core.data import load
 from pruning101.core.sparse_layout import sparse_layout
 from pruning101.core.steps import History
@@ -239,3 +239,17 @@ def test_a_head_that_runs_in_training_only_is_not_left_behind():
     assert model.training
     model.auxiliary = nn.Identity()
     assert structured.prune_channels(model, example, 0.5).removed == {"conv": 4}
+
+
+def test_hooks_can_still_be_taken_off_after_a_surgery_that_failed(monkeypatch):
+    model, example = convnet(), torch.rand(2, 1, 8, 8)
+    with torch.no_grad():
+        model[0].weight[:3] = 0
+    handle = model[1].register_forward_hook(lambda *_: None)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    monkeypatch.setattr(zeroed_channels, "_compare", lambda *_: 1 / 0)
+    with pytest.raises(ValueError, match=r"division by zero.*nothing was changed"):
+        structured.materialise(model, example, inplace=True)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    handle.remove()
+    assert not model[1]._forward_hooks

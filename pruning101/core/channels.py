@@ -127,40 +127,32 @@ def remove_from_groups(
     ``ValueError`` if the network does not run afterwards, and changes nothing then.
     """
     concerned = [g for g in found.groups if len(channels.get(g.name, ()))]
-    before = [
-        (m, dict(vars(m)), dict(m._parameters), dict(m._buffers), dict(m._modules))
-        for m in model.modules()
-    ]
     trains = bool(found.unreached) and _runs_in_training(model, example)
     try:
-        gone: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
-        axes: dict[tuple[str, str], int | None] = {}
-        for group in concerned:
-            going = torch.zeros(group.channels, dtype=torch.bool)
-            going[channels[group.name]] = True
-            for member in group.members:
-                gone[member.layer, member.role].append(member.index[going[member.channel]])
-                axes[member.layer, member.role] = member.axis
-        # The number of heads first: the layers that hold them are what it is read off.
-        for layer, role in sorted(gone, key=lambda part: part[1] != "heads"):
-            _cut(model, layer, role, axes[layer, role], torch.cat(gone[layer, role]))
-        for group in concerned:
-            _follow_width(model, group, group.channels - len(channels[group.name]))
-        with undisturbed(model), torch.no_grad():
-            shapes = [t.shape for t in tensors_in(model(*model_inputs(model, example)))]
-        if shapes != found.output_shapes:
-            raise RuntimeError(f"the output changes from {found.output_shapes} to {shapes}")
-        if trains and not _runs_in_training(model, example):
-            raise RuntimeError(
-                f"in training, where {', '.join(found.unreached)} read them; take these out first"
-            )
-    except BaseException as error:
-        for m, attributes, parameters, buffers, modules in before:
-            vars(m).clear()
-            vars(m).update(attributes)
-            m._parameters, m._buffers, m._modules = parameters, buffers, modules
-        if not isinstance(error, Exception):
-            raise
+        with surgery.all_or_nothing(model):
+            gone: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
+            axes: dict[tuple[str, str], int | None] = {}
+            for group in concerned:
+                going = torch.zeros(group.channels, dtype=torch.bool)
+                going[channels[group.name]] = True
+                for member in group.members:
+                    gone[member.layer, member.role].append(member.index[going[member.channel]])
+                    axes[member.layer, member.role] = member.axis
+            # The number of heads first: the layers that hold them are what it is read off.
+            for layer, role in sorted(gone, key=lambda part: part[1] != "heads"):
+                _cut(model, layer, role, axes[layer, role], torch.cat(gone[layer, role]))
+            for group in concerned:
+                _follow_width(model, group, group.channels - len(channels[group.name]))
+            with undisturbed(model), torch.no_grad():
+                shapes = [t.shape for t in tensors_in(model(*model_inputs(model, example)))]
+            if shapes != found.output_shapes:
+                raise RuntimeError(f"the output changes from {found.output_shapes} to {shapes}")
+            if trains and not _runs_in_training(model, example):
+                raise RuntimeError(
+                    f"in training, where {', '.join(found.unreached)} read them; "
+                    "take these out first"
+                )
+    except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         one = len(concerned) == 1
         which = repr(concerned[0].name) if one else f"{len(concerned)} groups"

@@ -75,13 +75,13 @@ def apply(model: nn.Module, masks: dict[str, BoolTensor]) -> None:
             raise TypeError(
                 f"The mask of {name!r} must be a bool tensor (True = kept), not {kind}."
             )
-        shape = _original(*targets[name]).shape
+        shape = original(*targets[name]).shape
         if mask.shape != shape:
             raise ValueError(
                 f"The mask of {name!r} has shape {tuple(mask.shape)}, its parameter {tuple(shape)}."
             )
-    shared: dict[int, BoolTensor] = {id(_original(*targets[n])): m for n, m in masks.items()}
-    every = {n: shared[i] for n, at in targets.items() if (i := id(_original(*at))) in shared}
+    shared: dict[int, BoolTensor] = {id(original(*targets[n])): m for n, m in masks.items()}
+    every = {n: shared[i] for n, at in targets.items() if (i := id(original(*at))) in shared}
     for name, mask in (every | masks).items():
         module, leaf = targets[name]
         if leaf in module._parameters:
@@ -140,6 +140,15 @@ def refresh(model: nn.Module) -> None:
     """
     for _, module, leaf in _masked(model):
         _recompute(module, leaf)
+
+
+def original(module: nn.Module, leaf: str) -> Tensor:
+    """Return the stored tensor of a parameter: ``weight_orig`` where ``weight`` is masked.
+
+    That is what an optimiser trains. None where the module has no such parameter of its own.
+    """
+    stored = module._parameters.get(f"{leaf}_orig", module._parameters.get(leaf))
+    return cast(Tensor, stored)
 
 
 def clone(model: nn.Module) -> nn.Module:
@@ -297,14 +306,10 @@ def _targets(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     return targets
 
 
-def _original(module: nn.Module, leaf: str) -> Tensor:
-    return getattr(module, leaf if leaf in module._parameters else leaf + "_orig")
-
-
 def _effective(module: nn.Module, leaf: str) -> Tensor:
-    original = _original(module, leaf)
+    stored = original(module, leaf)
     mask = module._buffers.get(leaf + "_mask")
-    return original if mask is None else original * mask.to(original.dtype)
+    return stored if mask is None else stored * mask.to(stored.dtype)
 
 
 def _recompute(module: nn.Module, leaf: str) -> None:

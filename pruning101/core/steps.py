@@ -1,6 +1,7 @@
 """What a recipe yields after each removal, and the history that saves and resumes it."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import math
@@ -101,12 +102,12 @@ class History:
         """Tie the history to the settings of the run that fills it.
 
         A recipe calls this before any work, so that a resumed run cannot quietly go on with other
-        settings than it began with.
+        settings than it began with. Functions are told apart by their names alone.
 
         Raises:
             ValueError: the history was begun with other settings.
         """
-        settings = json.loads(json.dumps(settings, default=str))
+        settings = json.loads(json.dumps(settings, default=_named))
         if not self._records and not self.settings:
             self.settings = settings
             return
@@ -117,6 +118,18 @@ class History:
                     f"this history was begun with {name}={before!r} but the run asks for "
                     f"{name}={now!r}; use the same settings or start a new history"
                 )
+
+    def latest(self, model: nn.Module) -> nn.Module:
+        """Return a copy of the network to go on from: the last step's, or ``model`` before any.
+
+        Raises:
+            ValueError: the last step has no network.
+        """
+        if self._records:
+            model = self.last.model
+        if model is None:
+            raise ValueError("the history's last step has no model to go on from; start a new one")
+        return masks.clone(model)
 
     def append(self, record: Record) -> None:
         """Add one record, and write it to disk if the history has a path."""
@@ -221,6 +234,13 @@ def measured(
         seconds=seconds,
         test_accuracy=test.accuracy,
     )
+
+
+def _named(setting: Any) -> str:
+    """How settings remember what JSON has no word for: a function by a name that stays the same."""
+    if isinstance(setting, functools.partial):
+        return f"{_named(setting.func)}({setting.keywords})"
+    return getattr(setting, "__qualname__", str(setting))
 
 
 def _file(index: int, name: str) -> str:

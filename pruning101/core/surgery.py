@@ -1,5 +1,8 @@
 """Surgery on single layers: some positions stay, the rest goes, the layer's counts follow."""
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,6 +11,35 @@ from torch import Tensor, nn
 from pruning101.core.attention import NarrowAttention, heads_of, set_heads
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` back as it was if the block ends with an error, an interruption included.
+
+    Modules, parameters, their tensors, buffers, hooks and all plain attributes are put back; what
+    is written into a tensor in place is not.
+    """
+    before = [(m, dict(vars(m))) for m in model.modules()]
+    held = [
+        (value, copy.copy(value))  # parameters, buffers, children, hooks: handles know the object
+        for _, attributes in before
+        for value in attributes.values()
+        if isinstance(value, dict | set)
+    ]
+    tensors = [(p, p.data) for p in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+        for container, content in held:
+            container.clear()
+            container.update(content)
+        for parameter, data in tensors:
+            parameter.data = data
+        raise
 
 
 def is_depthwise(module: nn.Module) -> bool:

@@ -1,6 +1,5 @@
 """Structured zeros made good: a smaller network of the same function, constants carried along."""
 
-import copy
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._pytree import tree_map_only
 
-from pruning101.core import carried, constants, masks
+from pruning101.core import carried, constants, masks, surgery
 from pruning101.core.attention import NarrowAttention
 from pruning101.core.channels import (
     ChannelGroup,
@@ -91,8 +90,6 @@ def shrink(
     """Do the work of :func:`materialise`; without ``borders`` no convolution is wrapped."""
     if not inplace:
         model = masks.clone(model)
-    before = [(m, {k: _shallow(v) for k, v in vars(m).items()}) for m in model.modules()]
-    values = [(p, p.data) for p in model.parameters()]
     try:
         expected = _outputs(model, example)
     except Exception as error:
@@ -100,21 +97,17 @@ def shrink(
         raise ValueError(f"{type(model).__name__} fails on the example: {reason}") from error
     removed: Counter[str] = Counter()
     try:
-        masks.make_permanent(model)
-        _silence(model, example)
-        kept = _remove_all(model, example, borders, removed)
-        if scatter:
-            _scatter(model, example, kept, removed)
-        if removed:
-            _compare(model, expected, _outputs(model, example))
-    except BaseException as error:
-        for module, attributes in before:
-            vars(module).clear()
-            vars(module).update(attributes)
-        for parameter, data in values:
-            parameter.data = data
-        if isinstance(error, ValueError) or not isinstance(error, Exception):
-            raise
+        with surgery.all_or_nothing(model):
+            masks.make_permanent(model)
+            _silence(model, example)
+            kept = _remove_all(model, example, borders, removed)
+            if scatter:
+                _scatter(model, example, kept, removed)
+            if removed:
+                _compare(model, expected, _outputs(model, example))
+    except ValueError:
+        raise
+    except Exception as error:
         raise ValueError(
             f"{type(model).__name__} does not run without its zeros ({error}); nothing was changed."
         ) from error
@@ -363,11 +356,7 @@ def _explained(
     return texts
 
 
-# --- nothing or all ------------------------------------------------------------------------------
-
-
-def _shallow(value: Any) -> Any:
-    return copy.copy(value) if isinstance(value, dict | set) else value
+# --- the same function ---------------------------------------------------------------------------
 
 
 def _outputs(model: nn.Module, example: Example) -> list[Tensor]:
