@@ -59,13 +59,13 @@ def separate_activations(model: nn.Module, *, inplace: bool = True) -> nn.Module
     plans: list[tuple[nn.Module, fx.Graph, dict[str, nn.Module]]] = []
     in_place = {m for m in structure.activations(model).values() if getattr(m, "inplace", False)}
     for name, parent in model.named_modules():
-        if _calls_in_order(parent):
+        if calls_in_order(parent):
             continue
         required = _needs_rewriting(parent)
         if not required and not any(map(_overwriting, parent.children())):
             continue
         try:
-            graph, added = _separated(parent)
+            graph, added, changed = forward_graph(parent)
         except Exception as error:  # what tracing raises on arbitrary code has no bounds
             if required:
                 raise ValueError(
@@ -77,7 +77,7 @@ def separate_activations(model: nn.Module, *, inplace: bool = True) -> nn.Module
             # Nobody knows who reads what they overwrite: they stay as they are.
             in_place -= {_overwriting(child) for child in parent.children()}
             continue
-        if graph is not None:
+        if changed:
             plans.append((parent, graph, added))
 
     # Nothing fails from here on.
@@ -154,7 +154,7 @@ _FUNCTIONS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
 }
 
 
-def _calls_in_order(parent: nn.Module) -> bool:
+def calls_in_order(parent: nn.Module) -> bool:
     """Tell whether this module does no more than call its children, or is one of PyTorch's own."""
     forward = getattr(type(parent), "forward", None)
     return getattr(forward, "__module__", "").startswith("torch.nn.")
@@ -218,10 +218,13 @@ class _Children(fx.Tracer):
         return True
 
 
-def _separated(parent: nn.Module) -> tuple[fx.Graph | None, dict[str, nn.Module]]:
-    """Return a graph of ``forward`` without shared activations and the modules that it needs more.
+def forward_graph(parent: nn.Module) -> tuple[fx.Graph, dict[str, nn.Module], bool]:
+    """Trace ``forward``, its children as leaves, a module for each call of an activation.
 
-    The graph is None where nothing has to change.
+    Returns the graph, the modules that it calls beside the children of ``parent``, and whether the
+    graph does need another ``forward`` than there is.
+
+    Raises whatever tracing raises; ValueError if training and inference differ.
     """
     training = parent.training
     try:
@@ -232,11 +235,9 @@ def _separated(parent: nn.Module) -> tuple[fx.Graph | None, dict[str, nn.Module]
     finally:
         parent.training = training
     (graph, added, changed), (other, _, _) = traced
-    if not changed:
-        return None, {}
     if str(graph) != str(other):
         raise ValueError("it does something else in training")
-    return graph, added
+    return graph, added, changed
 
 
 def _with_modules(parent: nn.Module, training: bool) -> tuple[fx.Graph, dict[str, nn.Module], bool]:

@@ -99,17 +99,8 @@ def linear_chains(model: nn.Module, example: Example, *, shared: bool = False) -
     the run of each of its calls: such a run may be read, but not changed. The model stays as it
     was.
     """
-    inputs = model_inputs(model, example)
-    leaves = {
-        name: module
-        for name, module in model.named_modules()
-        if all(child == "parametrizations" for child in dict(module.named_children()))
-    }
-    with undisturbed(model), torch.no_grad():
-        trace = _ChainTrace(model, inputs, leaves)
-        with trace, trace.watching():
-            trace.read(model(*inputs), "output")
-
+    trace = calls(model, example)
+    leaves = trace.leaves
     taking_part = [
         call
         for name, calls in trace.calls.items()
@@ -118,7 +109,7 @@ def linear_chains(model: nn.Module, example: Example, *, shared: bool = False) -
     ]
     taking_part.sort(key=lambda call: call.order)
     chains: list[list[str]] = []
-    at_end: dict[_Call, list[str]] = {}  # the chain that a call is the last of
+    at_end: dict[Call, list[str]] = {}  # the chain that a call is the last of
     for call in taking_part:
         before = trace.origin.get(call.input[0]) if call.input is not None else None
         joined = (
@@ -128,7 +119,7 @@ def linear_chains(model: nn.Module, example: Example, *, shared: bool = False) -
             and trace.sources[call] == {before}
             and before.output is not None
             and call.input is not None
-            and _same_features(before.output, call.input)
+            and same_features(before.output, call.input)
         )
         chain = at_end.pop(before) if joined and before is not None else []
         if not joined:
@@ -138,8 +129,23 @@ def linear_chains(model: nn.Module, example: Example, *, shared: bool = False) -
     return chains
 
 
+def calls(model: nn.Module, example: Example) -> "CallTrace":
+    """Run ``model`` once and return who was called, and who reads whose output."""
+    inputs = model_inputs(model, example)
+    leaves = {
+        name: module
+        for name, module in model.named_modules()
+        if all(child == "parametrizations" for child in dict(module.named_children()))
+    }
+    with undisturbed(model), torch.no_grad():
+        trace = CallTrace(model, inputs, leaves)
+        with trace, trace.watching():
+            trace.read(model(*inputs), "output")
+    return trace
+
+
 @dataclass(eq=False)
-class _Call:
+class Call:
     """One run of a leaf module, or of a function outside every leaf."""
 
     name: str
@@ -148,29 +154,34 @@ class _Call:
     output: tuple[Any, ...] | None = None
 
 
-def _same_features(given: tuple[Any, ...], taken: tuple[Any, ...]) -> bool:
+def same_features(given: tuple[Any, ...], taken: tuple[Any, ...]) -> bool:
+    """Tell whether what was given is taken as it is, or with the features of each input flat."""
     (key, shape), (taken_key, taken_shape) = given, taken
     flat = (shape[0], math.prod(shape[1:])) if len(shape) else ()
     return bool(key == taken_key and taken_shape in (shape, flat))
 
 
-class _ChainTrace(Tracer):
-    """Note who made each value (``origin``) and who reads it (``consumers``, ``sources``)."""
+class CallTrace(Tracer):
+    """Note who made each value (``origin``) and who reads it (``consumers``, ``sources``).
+
+    ``calls`` holds the runs of each leaf module, by name; keys of values are those of ``Tracer``.
+    """
 
     def __init__(
         self, model: nn.Module, inputs: tuple[Any, ...], leaves: dict[str, nn.Module]
     ) -> None:
         super().__init__(model, inputs)
         self.leaves = leaves
-        self.calls: dict[str, list[_Call]] = {}
-        self.origin: dict[Any, _Call] = {}  # by key
-        self.consumers: dict[_Call, set[_Call]] = defaultdict(set)
-        self.sources: dict[_Call, set[_Call]] = defaultdict(set)
-        self._makers: dict[int, _Call] = {}  # by version
-        self._running: list[_Call] = []
+        self.calls: dict[str, list[Call]] = {}
+        self.origin: dict[Any, Call] = {}  # by key
+        self.consumers: dict[Call, set[Call]] = defaultdict(set)
+        self.sources: dict[Call, set[Call]] = defaultdict(set)
+        self._makers: dict[int, Call] = {}  # by version
+        self._running: list[Call] = []
         self._count = 0
 
-    def read(self, tree: Any, reader: _Call | str) -> None:
+    def read(self, tree: Any, reader: Call | str) -> None:
+        """Note that ``reader`` takes the tensors in ``tree``."""
         reader = self._new(reader) if isinstance(reader, str) else reader
         for tensor in self.features(tree):
             maker = self._maker(tensor)
@@ -178,13 +189,13 @@ class _ChainTrace(Tracer):
                 self.consumers[maker].add(reader)
                 self.sources[reader].add(maker)
 
-    def _maker(self, tensor: Tensor) -> _Call | None:
+    def _maker(self, tensor: Tensor) -> Call | None:
         value = self.value(tensor)
         return None if value is None else self._makers.get(value.version)
 
-    def _new(self, name: str) -> _Call:
+    def _new(self, name: str) -> Call:
         self._count += 1
-        return _Call(name, self._count)
+        return Call(name, self._count)
 
     def operation(
         self, name: str, args: tuple[Any, ...], inputs: list[Tensor], made: list[Tensor]
@@ -194,7 +205,7 @@ class _ChainTrace(Tracer):
         super().operation(name, args, inputs, made)
         self._write(made, call)
 
-    def _write(self, made: list[Tensor], call: _Call) -> None:
+    def _write(self, made: list[Tensor], call: Call) -> None:
         for tensor in self.features(made):
             value = self.value(tensor)
             assert value is not None
