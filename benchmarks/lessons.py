@@ -22,6 +22,7 @@ from pruning101.core import data, models, plots
 from pruning101.course import build, execute, material
 from pruning101.lottery_tickets import find_ticket
 from pruning101.widgets import (
+    activation_entropy,
     lottery_tickets,
     magnitude,
     optimal_brain_damage,
@@ -69,12 +70,19 @@ def structured_widget() -> ipywidgets.VBox:
     return structured.show(structured.precompute(model, digits, epochs=0))
 
 
+def activation_entropy_widget() -> ipywidgets.VBox:
+    model = models.build("resnet20", in_channels=1, image_size=8)
+    digits = data.load("digits").subset(train=240, valid=60)
+    return activation_entropy.show(activation_entropy.precompute(model, digits, epochs=3))
+
+
 WIDGETS: dict[str, Callable[[], ipywidgets.VBox]] = {
     "skeletonization": skeletonization_widget,
     "optimal_brain_damage": optimal_brain_damage_widget,
     "magnitude": magnitude_widget,
     "lottery_tickets": lottery_tickets_widget,
     "structured": structured_widget,
+    "activation_entropy": activation_entropy_widget,
 }
 
 
