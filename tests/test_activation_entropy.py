@@ -12,6 +12,7 @@ from torch import nn
 
 from pruning101 import activation_entropy as entropy
 from pruning101.core import activation_states, models, structure
+from pruning101.core import state_entropy as states
 from pruning101.core.data import load
 
 # --- state_entropy: against a plain loop over units and numbers ----------------------------------
@@ -78,10 +79,10 @@ def test_counting_in_pieces_adds_up_and_leaves_the_tensor(monkeypatch):
     z = torch.randn(7, 5, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     z[z.abs() < 0.2] = 0
     before = z.clone()
-    whole = [activation_states.count_states(z, "ignore", axis) for axis in (1, -1, 0)]
-    monkeypatch.setattr(activation_states, "_PIECE", 16)
+    whole = [states.count_states(z, "ignore", axis) for axis in (1, -1, 0)]
+    monkeypatch.setattr(states, "PIECE", 16)
     for axis, counts in zip((1, -1, 0), whole, strict=True):
-        assert torch.equal(activation_states.count_states(z, "ignore", axis), counts)
+        assert torch.equal(states.count_states(z, "ignore", axis), counts)
         others = [d for d in range(3) if d != axis % 3]
         assert torch.equal(counts, torch.stack([(z > 0).sum(others), (z != 0).sum(others)]))
     assert torch.equal(z, before)
@@ -293,7 +294,7 @@ def test_layer_entropies_says_what_is_missing(tokens):
 def test_moments_are_mean_and_unbiased_deviation_of_each_unit(tokens, monkeypatch):
     model, images = tokens
     model.eval()
-    monkeypatch.setattr(activation_states, "_PIECE", 64)
+    monkeypatch.setattr(activation_states, "PIECE", 64)
     found = entropy.activation_moments(model, batches_of(images, 4))
     for name, (z, axis) in inputs_of_activations(model, images).items():
         z = z.movedim(axis, -1).flatten(0, -2).double()

@@ -1,178 +1,28 @@
-"""Which state the inputs of an activation are in: signs counted, entropies and Gaussian shares.
-
-Everything about one layer's pre-activations z is a number a unit (a channel, or a feature of a
-token), over the batch and all positions.
-"""
+"""What comes into each activation of a network: who made it, and its states over a data set."""
 
 import difflib
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pruning101.core import runs, structure
+from pruning101.core.state_entropy import (
+    NORMS,
+    PIECE,
+    Zero,
+    check_choice,
+    count_states,
+    entropy_of_counts,
+)
 from pruning101.core.tracing import Example, Tracer, hooked, model_inputs, tensors_in, undisturbed
 
-Zero = Literal["ignore", "on", "off"]
 Average = Literal["counts", "batches"]
 Batches = Iterable[tuple[Tensor, Tensor]]
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 _WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
-_PIECE = 2**20  # numbers looked at together: what is read stays in the cache
-
-# --- entropies ---------------------------------------------------------------------------------
-
-
-def binary_entropy(probability: Tensor) -> Tensor:
-    """Return ``-p log2 p - (1 - p) log2 (1 - p)`` in bits, elementwise, with ``0 log2 0 = 0``."""
-    total = torch.special.entr(probability) + torch.special.entr(1 - probability)
-    return total / math.log(2)
-
-
-def state_entropy(
-    pre_activation: Tensor,
-    *,
-    zero: Zero = "ignore",
-    exclude_saturated: bool = False,
-    unit_axis: int = 1,
-) -> Tensor:
-    """Return the mean entropy, in bits, of the units' states ON (z > 0) and OFF (z < 0): a scalar.
-
-    ``pre_activation`` is z, [B, C, ...] with the units on ``unit_axis`` (-1 for tokens [B, T, C]).
-    A unit's probability p of being ON is its share over the batch and all positions; the entropy is
-    that of this one p, then averaged over units. The papers differ in what z = 0 is:
-
-    - ``"ignore"``: a third state that is left out, p = P(z > 0) / P(z != 0). A unit that is always
-      0 has entropy 0. EASIER's and NEPENTHE's papers.
-    - ``"on"``: p = P(z >= 0), EASIER's published code.
-    - ``"off"``: p = P(z > 0), EGP's, with ``exclude_saturated``: units with p = 0 or 1 do not take
-      part in the mean, which is 0 where none is left.
-
-    Source: Quétu, Liao and Tartaglione, The simpler the better (EASIER), ECML PKDD 2024
-    (arXiv 2404.18949); Liao, Quétu, Nguyen and Tartaglione, Can unstructured pruning reduce the
-    depth in deep neural networks? (EGP), ICCV workshops 2023 (arXiv 2308.06619).
-
-    Raises:
-        ValueError: no numbers, NaN among them, an axis that is not there, or an unknown ``zero``.
-        TypeError: numbers that are no floating-point tensor.
-    """
-    _check_choice("zero", zero, ("ignore", "on", "off"))
-    if not isinstance(pre_activation, Tensor) or not pre_activation.is_floating_point():
-        kind = getattr(pre_activation, "dtype", type(pre_activation).__name__)
-        raise TypeError(f"pre_activation must be a floating-point tensor [B, C, ...], not {kind}.")
-    shape = list(pre_activation.shape)
-    if not pre_activation.numel() or not -len(shape) <= unit_axis < len(shape):
-        raise ValueError(
-            f"pre_activation must hold numbers and have the axis unit_axis={unit_axis} (1 for "
-            f"[B, C, ...], -1 for tokens [B, T, C]); its shape is {shape}."
-        )
-    z = pre_activation.detach()
-    if bool(z.isnan().any()):
-        raise ValueError("pre_activation holds NaN, which has no sign; look at what made it.")
-    entropy = entropy_of_counts(count_states(z, zero, unit_axis), exclude_saturated)
-    return entropy.to(z.device, torch.promote_types(z.dtype, torch.float32))
-
-
-def count_states(z: Tensor, zero: Zero, unit_axis: int = 1) -> Tensor:
-    """Return how often each unit is ON, and how often it is in any state that counts: [2, C].
-
-    Integers, so that counts of batches add up exactly.
-    """
-    axis = unit_axis % z.ndim
-    others = [d for d in range(z.ndim) if d != axis]
-    on = _count(z, torch.ge if zero == "on" else torch.gt, others)
-    total = torch.full_like(on, z.numel() // z.shape[axis])
-    # Looking at all numbers once is cheap, and hardly any layer has an exact zero.
-    if zero == "ignore" and int(torch.count_nonzero(z)) < z.numel():
-        total = _count(z, torch.ne, others)
-    return torch.stack([on, total])
-
-
-def _count(z: Tensor, compare: Callable[[Tensor, float], Tensor], dims: list[int]) -> Tensor:
-    """How often ``compare(z, 0)`` holds along ``dims``, in pieces whose sums fit in 32 bits."""
-    rows = max(1, len(z) * _PIECE // z.numel()) if 0 in dims else len(z)
-    parts = [compare(part, 0).sum(dims, dtype=torch.int32).long() for part in z.split(rows)]
-    return torch.stack(parts).sum(0)
-
-
-def entropy_of_counts(counts: Tensor, exclude_saturated: bool = False) -> Tensor:
-    """Return the mean entropy in bits of units counted by :func:`count_states`: float64, scalar."""
-    on, total = counts.cpu().double()
-    probability = on / total.clamp(min=1)  # never in a state: 0
-    entropy = binary_entropy(probability)
-    if exclude_saturated:
-        entropy = entropy[(on > 0) & (on < total)]
-    return entropy.mean() if len(entropy) else torch.zeros((), dtype=torch.float64)
-
-
-# --- closed forms ------------------------------------------------------------------------------
-
-
-def state_probability(mean: Tensor, std: Tensor) -> Tensor:
-    """Return P(z > 0) = Phi(mean / std) of Gaussian units; where std is 0, 1 for a mean above 0."""
-    return _normal_cdf(mean, std)
-
-
-def state_error_likelihood(mean: Tensor, std: Tensor) -> Tensor:
-    """Return Phi(-|mean| / std), the smaller of P(z > 0) and P(z < 0); 0 where std is 0."""
-    return _normal_cdf(-mean.abs(), std)
-
-
-def norm_state_probability(norm: nn.Module) -> Tensor:
-    """Return P(z > 0) = Phi(beta / |gamma|) of each channel after a norm: [C].
-
-    What the norm gives is taken as Gaussian with mean beta (its bias) and standard deviation
-    |gamma| (its weight); a norm without them has 0 and 1. gamma = 0: 1 where beta > 0, else 0.
-
-    Source: Liao et al., Till the layers collapse (TLC), AAAI 2025 (arXiv 2412.15077).
-
-    Raises:
-        TypeError: a module that is no BatchNorm, LayerNorm, GroupNorm or InstanceNorm.
-    """
-    return state_probability(*norm_moments(norm))
-
-
-def error_likelihood(norm: nn.Module) -> Tensor:
-    """Return Phi(-|beta| / |gamma|) of each channel after a norm: [C].
-
-    How likely a unit is in the less likely of its two states, and so how often it is wrong to take
-    the other for granted. gamma = 0: 0. (Printed with gamma instead of |gamma|, which is the same
-    as long as gamma is positive.)
-
-    Source: TLC, as :func:`norm_state_probability`.
-
-    Raises:
-        TypeError: a module that is no BatchNorm, LayerNorm, GroupNorm or InstanceNorm.
-    """
-    return state_error_likelihood(*norm_moments(norm))
-
-
-def norm_moments(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return beta and |gamma| of a norm, mean and standard deviation of what it gives: 2 x [C]."""
-    if not isinstance(norm, _NORMS):
-        raise TypeError(
-            f"a {type(norm).__name__} is no norm: give a BatchNorm, LayerNorm, GroupNorm or "
-            "InstanceNorm, or use the mean and standard deviation of what it gives."
-        )
-    sizes = [getattr(norm, n, None) for n in ("num_features", "num_channels", "normalized_shape")]
-    size = cast(Any, next(size for size in sizes if size is not None))
-    gamma, beta = cast(Tensor | None, norm.weight), cast(Tensor | None, norm.bias)
-    like = beta if gamma is None else gamma
-    like = torch.zeros(()) if like is None else like.detach()
-    mean = like.new_zeros(size) if beta is None else beta.detach()
-    return mean, like.new_ones(size) if gamma is None else gamma.detach().abs()
-
-
-def _normal_cdf(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Phi(numerator / denominator), the limit where the denominator is 0 (Phi(0 / 0) is 0)."""
-    exact = numerator.double() / denominator.double()
-    exact = torch.where(denominator == 0, torch.where(numerator > 0, math.inf, -math.inf), exact)
-    return (torch.erfc(-exact / math.sqrt(2)) / 2).to(numerator.dtype)
-
 
 # --- where an activation's input comes from ----------------------------------------------------
 
@@ -204,7 +54,7 @@ def origins(model: nn.Module, example: Example) -> dict[str, Origin]:
     modules = dict(model.named_modules())
     acting = structure.activations(model)
     kinds = {n: "layer" for n, m in modules.items() if isinstance(m, _WEIGHTED)}
-    kinds |= {n: "norm" for n, m in modules.items() if isinstance(m, _NORMS)}
+    kinds |= {n: "norm" for n, m in modules.items() if isinstance(m, NORMS)}
     kinds |= dict.fromkeys(acting, "activation")
     found: dict[str, Origin] = {}
     calls: dict[str, int] = {}
@@ -314,8 +164,8 @@ def layer_entropies(
     Raises:
         ValueError: no activation, an unknown layer or option, no batches, or NaN in the outputs.
     """
-    _check_choice("zero", zero, ("ignore", "on", "off"))
-    _check_choice("average", average, ("counts", "batches"))
+    check_choice("zero", zero, ("ignore", "on", "off"))
+    check_choice("average", average, ("counts", "batches"))
     counts: dict[str, Tensor] = {}
     sums: dict[str, float] = {}
 
@@ -359,7 +209,7 @@ def activation_moments(
 
     def see(name: str, z: Tensor, axis: int) -> None:
         dims = [d for d in range(z.ndim) if d != axis % z.ndim]
-        for part in z.split(max(1, len(z) * _PIECE // z.numel())):
+        for part in z.split(max(1, len(z) * PIECE // z.numel())):
             part = part.cpu().double()
             n = part.numel() // part.shape[axis]
             variance, mean = torch.var_mean(part, dims, correction=0)
@@ -442,8 +292,3 @@ def observe(
     if not n:
         raise ValueError("there are no batches to look at; give at least one.")
     return n
-
-
-def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{what} must be one of {choices}, not {value!r}.")
