@@ -157,7 +157,7 @@ _FUNCTIONS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
 def calls_in_order(parent: nn.Module) -> bool:
     """Tell whether this module does no more than call its children, or is one of PyTorch's own."""
     forward = getattr(type(parent), "forward", None)
-    return getattr(forward, "__module__", "").startswith("torch.nn.")
+    return (getattr(forward, "__module__", None) or "").startswith("torch.nn.")
 
 
 def _is_activation(module: nn.Module | None) -> bool:
