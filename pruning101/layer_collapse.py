@@ -36,8 +36,7 @@ def gain(n_in: int, n_hidden: int, n_out: int) -> float:
     """Return the share of weights saved when n_in -> n_hidden -> n_out becomes one layer (eq. 7).
 
     ``1 - n_in n_out / (n_hidden (n_in + n_out))``, biases left out: 0.875 for 768-3072-768, and
-    -3.0 for the bottleneck 512-64-512, which four times as many weights would replace. MACs of a
-    row of features are saved in the same share.
+    -3.0 for the bottleneck 512-64-512, which four times as many weights would replace.
 
     Raises:
         ValueError: a width that is not positive.
@@ -146,15 +145,13 @@ def make_collapsible(
 ) -> nn.Module:
     """Replace the activations between two linear layers by trainable slopes; return the model.
 
-    Every Linear-activation-(dropout)-(norm)-Linear that is found, in torchvision, timm and Hugging
-    Face transformers or elsewhere; with ``last``, the last so many of these pairs. (The authors'
-    code counts a fraction of *all* modules instead.) Where no example is given, ``forward`` is
-    followed symbolically; where that fails, for instance because it looks at its input's values,
-    give an ``example``.
+    Every Linear-activation-(dropout)-(norm)-Linear that is found, whatever the model is; with
+    ``last``, the last so many of these pairs. (The authors' code counts a fraction of *all* modules
+    instead.) Without an ``example``, ``forward`` is followed symbolically; give one where that
+    fails, for instance because it looks at its input's values.
 
-    Slopes begin at ``start``, those of LeakyReLU and of a PReLU with one parameter where they are.
-    This changes the function, unless the activation was such a one: a GELU or ReLU becomes a leaky
-    ReLU (section 4.2). By default a changed copy is returned.
+    Slopes begin at ``start``, so a GELU or ReLU becomes a leaky ReLU (section 4.2), which changes
+    the function; LeakyReLU, and PReLU with one parameter, keep theirs. A changed copy is returned.
 
     Raises:
         ValueError: no such pair, fewer than ``last`` of them, or a start that is not finite; the
@@ -172,23 +169,25 @@ def make_collapsible(
 def _chosen(model: nn.Module, last: int | None, example: Example | None) -> list[LinearPair]:
     """The last pairs that a slope of 1 would make linear; shared activations are separated."""
     found = linear_pairs(model, example)
-    if not found or any(pair.elsewhere for pair in found):
-        # One activation for several calls, or a function: each call gets a module of its own.
-        separate_activations(model)
-        found = linear_pairs(model, example)
-    able = [p for p in found if not p.elsewhere and nonlinear_norm(model, p) is None]
+    # One activation for several calls, or a function: each call needs a module of its own.
+    separating = not found or any(pair.elsewhere for pair in found)
+    tried = separate_activations(model, inplace=False) if separating else model
+    found = linear_pairs(tried, example)
+    able = [p for p in found if not p.elsewhere and nonlinear_norm(tried, p) is None]
     if not found:
         hint = "" if example is not None else "; if its forward cannot be followed, give an example"
         raise ValueError(
             f"the model has no two linear layers with just one activation between them{hint}"
         )
     if not able:
-        raise ValueError(f"no pair of linear layers can become one: {obstacle(model, found[0])}")
+        raise ValueError(f"no pair of linear layers can become one: {obstacle(tried, found[0])}")
     count = len(able) if last is None else last
     if not 1 <= count <= len(able):
         raise ValueError(
             f"last must be between 1 and {len(able)}, the number of pairs found, got {last!r}"
         )
+    if separating:
+        separate_activations(model)
     return able[-count:]
 
 
@@ -251,21 +250,18 @@ class AdamLC(torch.optim.AdamW):
             raise ValueError(f"strength must be a number >= 0, got {strength!r}")
         if isinstance(parameters, nn.Module):
             own = {id(m.slope) for m in parameters.modules() if isinstance(m, Slope)}
-            split: dict[bool, list[nn.Parameter]] = {False: [], True: []}
-            for parameter in parameters.parameters():
-                split[id(parameter) in own].append(parameter)
-            groups = [{"params": p, "slopes": key} for key, p in split.items() if p]
-        else:
-            groups = [dict(group) for group in parameters]
-        if not any(group.get("slopes") for group in groups):
+            given = list(parameters.parameters())
+            parameters = [
+                {"params": [p for p in given if id(p) not in own]},
+                {"params": [p for p in given if id(p) in own], "slopes": bool(own)},
+            ]
+        groups = [{"slopes": False, **group} for group in parameters]
+        if not any(group["slopes"] for group in groups):
             raise ValueError(
                 "there are no slopes among the parameters; give a model that make_collapsible "
                 'changed, or mark their group with "slopes": True'
             )
-        for group in groups:
-            group.setdefault("slopes", False)
-            if group["slopes"]:
-                group["weight_decay"] = 0.0
+        groups = [{**group, "weight_decay": 0.0} if group["slopes"] else group for group in groups]
         self.strength, self.order = strength, order
         super().__init__(groups, lr, betas, eps, weight_decay)
 
@@ -311,16 +307,9 @@ def self_distillation(
     :func:`linearity_penalty`. ``options`` are those of ``training.fit``, whose one record an epoch
     is returned.
     """
-    defaults: dict[str, Any] = {"teacher_weight": 0.5, "temperature": 1.0}
-    return fit(
-        model,
-        data,
-        epochs=epochs,
-        lr=lr,
-        teacher=teacher,
-        penalty=partial(linearity_penalty, strength=strength),
-        **{**defaults, **options},
-    )
+    options = {"teacher_weight": 0.5, "temperature": 1.0, **options}
+    penalty = partial(linearity_penalty, strength=strength)
+    return fit(model, data, epochs=epochs, lr=lr, teacher=teacher, penalty=penalty, **options)
 
 
 @dataclass(frozen=True)
@@ -350,10 +339,10 @@ def collapse_sequentially(
 ) -> Iterator[Step]:
     """Collapse one pair after another, from the last backwards; yield a ``Step`` after each.
 
-    Each phase replaces one more activation by a slope, trains with :func:`self_distillation` from
-    ``model`` as it came, and collapses without training after that (section 4.2, appendix D.2).
-    ``model`` is a trained network and is left alone. A slope that has not come within ``tolerance``
-    of 1 stays, is penalised in later phases, too, and may be collapsed in one of them.
+    ``model`` is a trained network and is left alone. Each phase replaces one more activation by a
+    slope, trains with :func:`self_distillation` from ``model``, and collapses, with no training
+    after that (section 4.2, appendix D.2). A slope that has not come within ``tolerance`` of 1
+    stays, is penalised in later phases, too, and may be collapsed in one of them.
 
     ``last`` limits the number of pairs. After a step whose accuracy on ``valid`` is more than
     ``drop`` (in [0, 1]) below the start, no other follows: the one before it is the one to keep.
@@ -361,8 +350,7 @@ def collapse_sequentially(
     and its index, so that a ``history`` with steps goes on as if never interrupted.
 
     Raises:
-        ValueError: values out of range, no pair to collapse, or a history begun with other
-            settings.
+        ValueError: values out of range, no pair, or a history begun with other settings.
     """
     if epochs < 0 or (drop is not None and not 0 <= drop <= 1):
         raise ValueError(f"epochs must be >= 0 and drop a share in [0, 1], got {epochs}, {drop}")

@@ -76,8 +76,8 @@ def collapse(
     the place of the first, with identities in that of the rest: W = W2 diag(s) W1 and
     b = W2 (s (b1 - mean) + shift) + b2 with s = scale / sqrt(var + eps) of a BatchNorm behind the
     activation, one before it likewise. What follows the second layer stays. (The paper's algorithm
-    1 tests slope <= tolerance and leaves W1 and W2 in one another's way; its text and the authors'
-    code do as is done here.) Pairs that share a layer are collapsed from the last backwards.
+    1 prints ``slope <= tolerance`` and s W2 W1; the authors' code does as is done here.) Pairs that
+    share a layer are collapsed from the last backwards.
 
     A pair that would have more weights than before is only collapsed with ``force``. The difference
     of outputs is measured on what the pair gets when the model runs on ``example``, or without one
