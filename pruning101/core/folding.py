@@ -1,169 +1,378 @@
-"""What stands between one layer with weights and the next, and what of it can be taken away.
+"""Merging whatever can be merged on the stretches between layers, and the account of it.
 
-What :mod:`layer_folding` stands on: found by running the network, not by names of attributes.
+The work behind ``layer_folding.fold``.
 """
 
 import copy
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from pruning101.core import merging, slopes, structure
-from pruning101.core.merging import BorderedConv2d
-from pruning101.core.tracing import Example
-
-NORMS = nn.modules.batchnorm._NormBase
-WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, BorderedConv2d)
-
-
-@dataclass(frozen=True)
-class Between:
-    """Something on the way from one layer to the next: a module by ``name``, or a function.
-
-    ``shape`` is that of its input; ``obstacle`` says why it could not be taken away whatever it is.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    obstacle: str = ""
+from pruning101.core import masks, slopes, stretches
+from pruning101.core.merging import (
+    Border,
+    BorderedConv2d,
+    border_width,
+    merge,
+    merge_norm,
+)
+from pruning101.core.skips import absorb_skip
+from pruning101.core.stretches import NORMS, Between, Stretch, put
+from pruning101.core.tracing import Example, model_inputs, tensors_in, undisturbed
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """The way from a layer with weights to the next one, or to where ways meet or part.
+class Pair:
+    """What became of two layers that follow one another, or of one and what follows it.
 
-    ``first`` or ``second`` is "" where the way begins or ends elsewhere; ``end`` then says where.
-    ``shape`` and ``second_shape`` are those of their inputs.
+    ``first`` or ``second`` is "" where no layer with weights stands there without a sum or another
+    function before it; ``between`` names what stands between. ``macs_before`` and ``macs_after``
+    are multiply-adds for one input: of both layers, and of the one that they are or would be (None
+    where there is none). ``exact`` says that the merged layer equals the pair up to rounding;
+    ``border_width`` counts the outer pixels of each side where it does not, for "interior".
+    ``difference`` is the largest one between the output of the merged layer and that of the
+    original layers, with the original activation, on the features that reach them from the example.
     """
+
+    first: str
+    second: str
+    action: str
+    reason: str
+    between: tuple[str, ...] = ()
+    macs_before: int | None = None
+    macs_after: int | None = None
+    exact: bool = True
+    border_width: int = 0
+    difference: float = 0.0
+
+
+def check_foldable(model: nn.Module, threshold: float, border: str) -> None:
+    """Refuse what cannot be folded, in one sentence."""
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must be a distance from 1 in [0, 1], got {threshold!r}")
+    if border not in ("exact", "interior", "refuse"):
+        raise ValueError(f'border must be "exact", "interior" or "refuse", not {border!r}')
+    masked = next(iter(masks.masks_of(model)), None)
+    if masked is not None:
+        raise ValueError(
+            f"{masked!r} is masked, and a merged layer could not keep the mask; write the zeros "
+            "into the weights with masks.make_permanent first"
+        )
+    for name, module in model.named_modules():
+        if module.training and isinstance(module, NORMS | nn.modules.dropout._DropoutNd):
+            raise ValueError(
+                f"{name!r} ({type(module).__name__}) is in training mode, where it is no fixed "
+                "linear map; call model.eval() first"
+            )
+
+
+@dataclass
+class Row:
+    """A row in the making, and between which of the original modules its layer has to stand."""
 
     order: int
-    first: str
-    between: list[Between]
-    second: str
-    end: str
-    shape: tuple[int, ...]
-    second_shape: tuple[int, ...] = ()
-    skip: bool = False  # it ends where one other value is added
+    pair: Pair
+    layer: nn.Module | None = None
+    start: str = ""
+    end: str = ""
+    skip: bool = False
 
 
-def stretches(model: nn.Module, example: Example, names: Iterable[str] = ()) -> list[Stretch]:
-    """Return the ways through the network, in execution order, found by one run on ``example``.
+class Folding:
+    """The work of one :func:`fold`: what is merged into what so far, and the rows."""
 
-    One from every layer with weights, and one from every activation or BatchNorm, and every module
-    of these ``names``, that comes after no such layer, because a sum or another function stands
-    before it.
-    """
-    trace = structure.calls(model, example)
-    weighted = {n for n, m in trace.leaves.items() if isinstance(m, WEIGHTED)}
-    called = sorted((c for calls in trace.calls.values() for c in calls), key=lambda c: c.order)
-    passed: set[structure.Call] = set()
+    def __init__(
+        self, model: nn.Module, threshold: float, border: Border, force: bool, norms: bool
+    ) -> None:
+        self.model, self.threshold, self.border, self.force = model, threshold, border, force
+        self.all_norms = norms
+        self.merged: list[Row] = []
+        self.kept: list[Row] = []  # of the last round
+        self.norms: dict[str, str] = {}
+        self.linear: dict[str, float] = {}
+        self.host: dict[str, str] = {}  # the layer that a layer was merged into
+        self.start: dict[str, str] = {}  # the norm that was merged into the layer behind it
+        self.shape: dict[str, tuple[int, ...]] = {}
+        self.order: dict[str, int] = {}
+        self.gone: set[str] = set()  # what stood within an earlier merge
+        self.inexact: set[str] = set()  # layers that hold an inexact merge
 
-    def often(name: str, shape: tuple[int, ...]) -> str:
-        times, module = len(trace.calls[name]), trace.leaves[name]
-        alone = times == 1 or hands_on(module, shape)
-        return "" if alone else f"{name!r} is called {times} times"
+    def drop_linear(self) -> None:
+        """Put Identity in the place of all activations within the threshold."""
+        for name, module in list(self.model.named_modules(remove_duplicate=False)):
+            slope = slope_of(module)
+            if slope is not None and all(abs(1 - s) <= self.threshold for s in slope):
+                put(self.model, name, nn.Identity().train(module.training))
+                self.linear[name] = max(slope, key=lambda s: abs(1 - s))
 
-    def follow(start: structure.Call, between: list[Between]) -> Stretch:
-        first = start.name if start.name in weighted else ""
-        shape = start.input[1] if start.input is not None else ()
-        here, second, end, second_shape, skip = start, "", "", (), False
-        while not second and not end:
-            readers = trace.consumers[here]
-            reader = next(iter(readers), None)
-            if reader is None:
-                end = "nothing reads its output"
-            elif len(readers) > 1:
-                end = f"its output is read in {len(readers)} places"
-            elif reader.name == "output":
-                end = "it gives the network's output"
-            elif trace.sources[reader] != {here}:
-                skip = reader.name in ("function add", "function add_")
-                skip = skip and len(trace.sources[reader]) <= 2
-                end = f"{_said(reader.name)} joins it with something else"
+    def merge_all(self, example: Example) -> bool:
+        """Merge what can be; tell whether a skip was merged, so that more may follow."""
+        self.kept, skips = [], 0
+        self.fixed = stretches.shared(self.model)
+        found = stretches.stretches(self.model, example, self.linear)
+        for stretch in found:
+            self.place(stretch)
+            if stretch.first:
+                self.shape.setdefault(stretch.first, stretch.shape)
+            skips += self.merge_one(stretch)
+        if self.all_norms:
+            for stretch in found:
+                self.norm_before(stretch)
+        return skips > 0
+
+    def merge_one(self, stretch: Stretch) -> bool:
+        """Do what can be done on one stretch; tell whether a skip was merged."""
+        first = stretch.first
+        while first in self.host:
+            first = self.host[first]
+        layer = self.model.get_submodule(first) if first else None
+        norms: list[str] = []
+        obstacle = ""
+        for between in stretch.between:
+            module = None if between.obstacle else self.model.get_submodule(between.name)
+            if layer is not None and isinstance(module, NORMS):
+                layer, obstacle = self.with_norm(first, layer, between)
+                norms += [] if obstacle else [between.name]
             else:
-                given, taken = here.output, reader.input
-                obstacle = ""
-                leaf = reader.name in trace.leaves
-                if leaf and not (given and taken and structure.same_features(given, taken)):
-                    obstacle = "its output is read in another arrangement"
-                elif leaf:
-                    obstacle = often(reader.name, taken[1] if taken else ())
-                else:
-                    obstacle = f"the function {reader.name.removeprefix('function ')!r} stands"
-                    obstacle += " between"
-                if reader.name in weighted:
-                    second, second_shape = reader.name, taken[1] if taken else ()
-                    if obstacle:
-                        between.append(Between("", second_shape, obstacle))
-                else:
-                    between.append(Between(reader.name, taken[1] if taken else (), obstacle))
-                    passed.add(reader)
-                here = reader
-        return Stretch(start.order, first, between, second, end, shape, second_shape, skip)
-
-    found = [follow(call, []) for call in called if call.name in weighted]
-    starts = {*names, *(n for n, m in trace.leaves.items() if is_activation(m))}
-    starts |= {n for n, m in trace.leaves.items() if isinstance(m, NORMS)}
-    for call in called:
-        if call not in passed and call.name in starts:
-            passed.add(call)
-            shape = call.input[1] if call.input is not None else ()
-            start = Between(call.name, shape, often(call.name, shape))
-            found.append(follow(call, [start]))
-    end = "it is not called by itself, but read by another module or never"
-    last = len(called)
-    found += [Stretch(last, n, [], "", end, ()) for n in weighted if n not in trace.calls]
-    return sorted(found, key=lambda stretch: stretch.order)
-
-
-def _said(name: str) -> str:
-    return "a sum" if name in ("function add", "function add_") else f"the {name!r}"
-
-
-def is_activation(module: nn.Module) -> bool:
-    """Tell whether ``module`` is an elementwise activation, one with a slope included."""
-    return isinstance(module, slopes.Slope) or "" in structure.activations(module)
-
-
-def shared(model: nn.Module) -> dict[str, str]:
-    """Return why layers, by name, cannot be changed alone: weights held or watched elsewhere."""
-    holders: Counter[int] = Counter(
-        id(p) for m in model.modules() for p in m._parameters.values() if p is not None
-    )
-    found: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, (*WEIGHTED, NORMS)):
-            continue
-        if any(holders[id(p)] > 1 for p in module._parameters.values() if p is not None):
-            found[name] = f"the weights of {name!r} belong to another layer, too"
-        elif module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
-            found[name] = f"a hook watches {name!r}"
-    return found
-
-
-def hands_on(module: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Tell whether a module without weights does nothing in ``eval`` mode, as dropout.
-
-    It is run on random features of that ``shape``: it must give back the very tensor.
-    """
-    if isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd):
-        return True
-    if module.training or any(True for _ in (*module.parameters(), *module.buffers())):
-        return False
-    small = tuple(min(size, 2) for size in shape)
-    given = torch.randn(small, generator=torch.Generator().manual_seed(0))
-    before = given.clone()
-    with torch.no_grad():
-        try:
-            result = module(given)
-        except Exception:  # whatever it wants, it is not this tensor
+                obstacle = self.obstacle(module, between) if not isinstance(module, NORMS) else ""
+            if obstacle:
+                break
+        if first and self.all_norms:
+            self.take_norms(first, layer, norms)
+        if not obstacle and layer is not None and stretch.second:
+            self.merge_pair(first, layer, norms, stretch)
             return False
-    same = isinstance(result, Tensor) and result.data_ptr() == given.data_ptr()
-    return same and result.shape == given.shape and torch.equal(result, before)
+        if not obstacle and layer is not None and stretch.skip:
+            before = {name: self.model.get_submodule(name) for name in (first, *norms)}
+            self.take_norms(first, layer, norms)
+            obstacle = self.fixed.get(first) or absorb_skip(self.model, first)
+            if not obstacle:
+                self.note_skip(first, stretch)
+                return True
+            if not self.all_norms:
+                for name, module in before.items():
+                    put(self.model, name, module)
+                    self.norms.pop(name, None)
+        gone = [b.name for b in stretch.between if b.name in self.linear]
+        if not first and not obstacle and gone:
+            obstacle = f"{gone[0]!r} is linear and gone; {stretch.end or 'no layer stands before'}"
+        if first or obstacle:
+            self.keep(stretch, obstacle or stretch.end)
+        return False
+
+    def keep(self, stretch: Stretch, reason: str, **fields: Any) -> None:
+        """Note that a stretch stays as it is."""
+        self.kept.append(Row(self.place(stretch), self.pair(stretch, "kept", reason, **fields)))
+
+    def pair(self, stretch: Stretch, action: str, reason: str, **fields: Any) -> Pair:
+        """Return the row of a stretch."""
+        names = [b.name for b in stretch.between if b.name and b.name not in self.gone]
+        between = tuple(name.removeprefix("function ") for name in names)
+        return Pair(stretch.first, stretch.second, action, reason, between, **fields)
+
+    def obstacle(self, module: nn.Module | None, between: Between) -> str:
+        """Say why what stands between stays, or "" if it does nothing."""
+        if module is None:
+            return between.obstacle
+        if stretches.hands_on(module, between.shape):
+            return ""
+        name, kind = between.name, type(module).__name__
+        slope = slope_of(module)
+        if slope is not None:
+            far = max(slope, key=lambda s: abs(1 - s))
+            return f"the slope of {name!r} is {far:.2f}, further than {self.threshold:g} from 1"
+        if stretches.is_activation(module):
+            return f"{name!r} ({kind}) stays"
+        if "Avg" in kind:
+            return f"{name!r} ({kind}) stands between, linear but not merged here"
+        return f"{name!r} ({kind}) stands between"
+
+    def with_norm(self, first: str, layer: nn.Module, between: Between) -> tuple[nn.Module, str]:
+        """Return the layer in the place ``first`` with the norm behind it, or why that is not."""
+        norm = self.model.get_submodule(between.name)
+        why = self.fixed.get(first) or self.fixed.get(between.name, "")
+        if not why and isinstance(layer, nn.Linear) and len(between.shape) != 2:
+            why = f"{between.name!r} ({type(norm).__name__}) normalises positions, not units"
+        if not why:
+            try:
+                return merge_norm(layer, norm).train(layer.training), ""
+            except (ValueError, TypeError) as error:
+                why = _sentence(error)
+        self.norms[between.name] = why
+        return layer, why
+
+    def take_norms(self, first: str, layer: nn.Module | None, norms: list[str]) -> None:
+        """Put ``layer``, which holds these norms, in the place ``first``."""
+        assert layer is not None
+        if norms:
+            put(self.model, first, layer)
+            self.take_away(norms, layer.training, inside=False)
+        self.norms |= dict.fromkeys(norms, f"merged into {first!r}")
+
+    def norm_before(self, stretch: Stretch) -> None:
+        """Merge a norm into the layer behind it, where one layer is exact."""
+        for between in reversed(stretch.between):
+            if between.obstacle or not stretch.second or stretch.second in self.host:
+                return
+            norm = self.model.get_submodule(between.name)
+            if stretches.hands_on(norm, between.shape):
+                continue
+            name, layer = between.name, self.model.get_submodule(stretch.second)
+            if not isinstance(norm, NORMS):
+                return
+            why = self.fixed.get(stretch.second) or self.fixed.get(name, "")
+            if not why and isinstance(layer, nn.Linear) and len(between.shape) != 2:
+                why = f"{name!r} ({type(norm).__name__}) normalises positions, not units"
+            if not why:
+                try:
+                    merged = merge(norm, layer, border="refuse")
+                except (ValueError, TypeError) as error:
+                    why = _sentence(error)
+            if not why:
+                put(self.model, stretch.second, merged.train(layer.training))
+                put(self.model, name, nn.Identity().train(norm.training))
+                self.start[stretch.second] = name
+            self.norms[name] = why or f"merged into {stretch.second!r}"
+            return
+
+    def merge_pair(self, first: str, one: nn.Module, norms: list[str], stretch: Stretch) -> None:
+        """Merge ``one``, in the place ``first``, with the layer at the end, if that is worth it."""
+        second, two = stretch.second, self.model.get_submodule(stretch.second)
+        why = self.fixed.get(first) or self.fixed.get(second)
+        if why:
+            return self.keep(stretch, why)
+        try:
+            before = macs(one, self.shape[first]) + macs(two, stretch.second_shape)
+            trial = merge(shadow(one), shadow(two), border=self.border)
+            after = macs(trial, self.shape[first])
+            width = border_width(one, two) if self.border == "interior" else 0
+            counts = {"macs_before": before, "macs_after": after, "border_width": width}
+            if after > before and not self.force:
+                why = f"would cost {after / before - 1:.0%} more multiply-adds"
+                why += f" ({_short(before)} to {_short(after)})"
+                return self.keep(stretch, why, **counts)
+            merged = merge(one, two, border=self.border)
+        except (ValueError, TypeError) as error:
+            return self.keep(stretch, _sentence(error))
+        rounded = [b.name for b in stretch.between if self.linear.get(b.name, 1) != 1]
+        if width or rounded or second in self.inexact:
+            self.inexact.add(first)
+        why = "one layer equals the two"
+        if isinstance(merged, BorderedConv2d):
+            why = "one layer equals the two, with the border computed apart"
+        if rounded:
+            why = f"one layer, with the slope {self.linear[rounded[0]]:.3g} of {rounded[0]!r} as 1"
+        if width:
+            why += f"; {width} pixels at each border differ"
+        pair = self.pair(stretch, "merged", why, exact=first not in self.inexact, **counts)
+        self.take_norms(first, one, norms)
+        put(self.model, first, merged.train(one.training))
+        self.take_away([*(b.name for b in stretch.between), second], two.training)
+        self.host[second] = first
+        start = self.start.get(first, first)
+        self.merged.append(Row(self.place(stretch), pair, merged, start, second))
+
+    def note_skip(self, first: str, stretch: Stretch) -> None:
+        """Note that the sum behind the layer ``first`` is gone."""
+        layer = self.model.get_submodule(first)
+        cost = macs(layer, self.shape[first])
+        why = "x + layer(x) is one layer, with the identity in its kernel"
+        fields = {"exact": first not in self.inexact, "macs_before": cost, "macs_after": cost}
+        pair = self.pair(stretch, "merged", why, **fields)
+        self.take_away([b.name for b in stretch.between], layer.training)
+        end = stretch.between[-1].name if stretch.between else stretch.first
+        self.merged.append(
+            Row(self.place(stretch), pair, layer, self.start.get(first, first), end, skip=True)
+        )
+
+    def take_away(self, names: list[str], training: bool, *, inside: bool = True) -> None:
+        """Put Identity in the place of modules that a merge has taken in."""
+        for name in names:
+            put(self.model, name, nn.Identity().train(training))
+        self.gone.update(names if inside else ())
+
+    def place(self, stretch: Stretch) -> int:
+        """Return when the stretch was run, in the first round that knew it."""
+        return self.order.setdefault(stretch.first or stretch.between[0].name, stretch.order)
+
+    def rows(self) -> list[Row]:
+        """All rows in execution order."""
+        return sorted([*self.merged, *self.kept], key=lambda row: row.order)
+
+
+def compare(
+    original: nn.Module, folded: nn.Module, rows: list[Row], example: Example
+) -> tuple[list[Pair], float]:
+    """Fill in the differences, by one run of each network."""
+    waiting: dict[int, Tensor] = {}
+    found: dict[int, float] = {}
+    modules = dict(original.named_modules())
+    handles = []
+
+    def before(i: int, row: Row) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            waiting[i] = cast(nn.Module, row.layer)(args[0])
+            if row.skip:
+                waiting[i] = waiting[i] - args[0]
+
+        return hook
+
+    def after(i: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            found[i] = _largest(waiting.pop(i) - output)
+
+        return hook
+
+    for i, row in enumerate(rows):
+        if row.layer is not None:
+            start = modules.get(row.start) or modules[row.start.removesuffix(".norm")]
+            end = modules.get(row.end) or modules[row.end.removesuffix(".norm")]
+            handles.append(start.register_forward_pre_hook(before(i, row)))
+            handles.append(end.register_forward_hook(after(i)))
+    try:
+        with undisturbed(original), torch.no_grad():
+            expected = tensors_in(original(*model_inputs(original, example)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    with undisturbed(folded), torch.no_grad():
+        given = tensors_in(folded(*model_inputs(folded, example)))
+    difference = max(_largest(a - b) for a, b in zip(given, expected, strict=True))
+    pairs = [replace(row.pair, difference=found.get(i, 0.0)) for i, row in enumerate(rows)]
+    return pairs, difference
+
+
+def _largest(difference: Tensor) -> float:
+    return float(difference.abs().max())
+
+
+def slope_of(module: nn.Module) -> list[float] | None:
+    """Return the slopes below zero of an activation that is linear on each side, else None."""
+    if isinstance(module, slopes.Slope):
+        return [float(module.slope.detach())]
+    if isinstance(module, nn.PReLU):
+        return cast(list[float], module.weight.detach().tolist())
+    if isinstance(module, nn.LeakyReLU):
+        return [module.negative_slope]
+    return None
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error).rstrip(".")
+    return text[:1].lower() + text[1:] if text[1:2].islower() else text
+
+
+def _short(count: int) -> str:
+    """Write a number of multiply-adds as people say it."""
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
+
+
+# --- what it costs ----------------------------------------------------------------------
 
 
 def macs(layer: nn.Module, shape: tuple[int, ...]) -> int:
@@ -191,117 +400,3 @@ def shadow(layer: nn.Module) -> nn.Module:
     if isinstance(layer, nn.Conv2d) and bias is not None and not bias.is_meta and not bias.any():
         copied.register_parameter("bias", None)
     return copied
-
-
-# --- norms that carry an activation -----------------------------------------------------------
-
-
-def split_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Put (norm, drop, act) in the place of norms that carry an activation, in place.
-
-    Timm's ``BatchNormAct2d`` is a BatchNorm with children ``drop`` and ``act``. Returns the modules
-    that stood there, by name, for :func:`rejoin_norms`.
-    """
-    found: dict[str, nn.Module] = {}
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.BatchNorm2d) and set(module._modules) == {"drop", "act"}:
-            norm = nn.BatchNorm2d(module.num_features, device="meta")
-            vars(norm).update({k: v for k, v in vars(module).items() if k in vars(norm)})
-            vars(norm)["_modules"] = {}
-            parts = OrderedDict(norm=norm, drop=module.drop, act=module.act)
-            replace(model, name, nn.Sequential(cast(Any, parts)).train(module.training))
-            found[name] = module
-    return found
-
-
-def rejoin_norms(model: nn.Module, before: dict[str, nn.Module]) -> None:
-    """Put back, in place, the norms of :func:`split_norms` that are still there."""
-    for name, module in before.items():
-        parts = cast(nn.Sequential, model.get_submodule(name))
-        if isinstance(parts.norm, NORMS):
-            module._modules["drop"], module._modules["act"] = parts.drop, parts.act
-            replace(model, name, module)
-
-
-def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` in the place ``name``, in place."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
-# --- identity skips ---------------------------------------------------------------------------
-
-
-def absorb_skip(model: nn.Module, name: str) -> str:
-    """Make ``x + layer(x)`` one layer, in place; return why that cannot be, or "".
-
-    The ``forward`` that adds is traced, its children as leaves: all that stands on the two ways to
-    the sum must be the layer ``name`` and modules that do nothing.
-    """
-    layer = model.get_submodule(name)
-    why = "the sum that follows adds something else than its own input"
-    for parent_name, parent in _ancestors(model, name):
-        if slopes.calls_in_order(parent):
-            continue
-        try:
-            graph, added, _ = slopes.forward_graph(parent)
-        except Exception:  # what tracing raises on arbitrary code has no bounds
-            return f"the forward of {parent_name or 'the model'!r}, which adds, cannot be traced"
-        for node in graph.nodes:
-            function = node.target if node.op == "call_method" else node.target.__class__
-            function = getattr(node.target, "__name__", function)
-            if function not in ("add", "iadd", "add_") or len(node.args) != 2 or node.kwargs:
-                continue
-            for branch, other in (node.args, node.args[::-1]):
-                if _is_skip(parent, branch, other, layer):
-                    try:
-                        merged = merging.merge_skip(layer)
-                    except (ValueError, TypeError) as error:
-                        return str(error)
-                    for child, module in added.items():
-                        parent.add_module(child, module.train(parent.training))
-                    node.replace_all_uses_with(branch)
-                    graph.erase_node(node)
-                    while not other.users and other.op == "call_module":
-                        unused, other = other, other.args[0]
-                        graph.erase_node(unused)
-                    slopes.Rewritten.become(parent, graph)
-                    replace(model, name, merged)
-                    return ""
-        return why  # only the smallest forward that calls it can be the one
-    return why
-
-
-def _ancestors(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    while name:
-        name = name.rpartition(".")[0]
-        yield name, model.get_submodule(name)
-
-
-def _is_skip(parent: nn.Module, branch: Any, other: Any, layer: nn.Module) -> bool:
-    branch, start = _behind(parent, branch), _behind(parent, other)
-    if getattr(branch, "op", "") != "call_module":
-        return False
-    parts = [m for m in _parts(parent.get_submodule(branch.target)) if not _does_nothing(m)]
-    return parts == [layer] and _behind(parent, branch.args[0]) is start
-
-
-def _behind(parent: nn.Module, node: Any) -> Any:
-    """Go back from ``node`` through modules that do nothing."""
-    while getattr(node, "op", "") == "call_module" and len(node.args) == 1:
-        if not all(map(_does_nothing, _parts(parent.get_submodule(node.target)))):
-            break
-        node = node.args[0]
-    return node
-
-
-def _parts(module: nn.Module) -> Iterator[nn.Module]:
-    if isinstance(module, nn.Sequential):
-        for part in module:
-            yield from _parts(part)
-    else:
-        yield module
-
-
-def _does_nothing(module: nn.Module) -> bool:
-    return not any(True for _ in module.children()) and hands_on(module, (1, 2, 2, 2))

@@ -1,0 +1,201 @@
+"""What stands between one layer with weights and the next, found by running the network."""
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pruning101.core import slopes, structure
+from pruning101.core.merging import BorderedConv2d
+from pruning101.core.tracing import Example
+
+NORMS = nn.modules.batchnorm._NormBase
+WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, BorderedConv2d)
+
+
+@dataclass(frozen=True)
+class Between:
+    """Something on the way from one layer to the next: a module by ``name``, or a function.
+
+    ``shape`` is that of its input; ``obstacle`` says why it could not be taken away whatever it is.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    obstacle: str = ""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The way from a layer with weights to the next one, or to where ways meet or part.
+
+    ``first`` or ``second`` is "" where the way begins or ends elsewhere; ``end`` then says where.
+    ``shape`` and ``second_shape`` are those of their inputs.
+    """
+
+    order: int
+    first: str
+    between: list[Between]
+    second: str
+    end: str
+    shape: tuple[int, ...]
+    second_shape: tuple[int, ...] = ()
+    skip: bool = False  # it ends where one other value is added
+
+
+def stretches(model: nn.Module, example: Example, names: Iterable[str] = ()) -> list[Stretch]:
+    """Return the ways through the network, in execution order, found by one run on ``example``.
+
+    One from every layer with weights, and one from every activation or BatchNorm, and every module
+    of these ``names``, that comes after no such layer, because a sum or another function stands
+    before it.
+    """
+    trace = structure.calls(model, example)
+    weighted = {n for n, m in trace.leaves.items() if isinstance(m, WEIGHTED)}
+    called = sorted((c for calls in trace.calls.values() for c in calls), key=lambda c: c.order)
+    passed: set[structure.Call] = set()
+
+    def often(name: str, shape: tuple[int, ...]) -> str:
+        times, module = len(trace.calls[name]), trace.leaves[name]
+        alone = times == 1 or hands_on(module, shape)
+        return "" if alone else f"{name!r} is called {times} times"
+
+    def follow(start: structure.Call, between: list[Between]) -> Stretch:
+        first = start.name if start.name in weighted else ""
+        shape = start.input[1] if start.input is not None else ()
+        here, second, end, second_shape, skip = start, "", "", (), False
+        while not second and not end:
+            readers = trace.consumers[here]
+            reader = next(iter(readers), None)
+            if reader is None:
+                end = "nothing reads its output"
+            elif len(readers) > 1:
+                end = f"its output is read in {len(readers)} places"
+            elif reader.name == "output":
+                end = "it gives the network's output"
+            elif trace.sources[reader] != {here}:
+                skip = reader.name in ("function add", "function add_")
+                skip = skip and len(trace.sources[reader]) <= 2
+                end = f"{_said(reader.name)} joins it with something else"
+            else:
+                given, taken = here.output, reader.input
+                obstacle = ""
+                leaf = reader.name in trace.leaves
+                if leaf and not (given and taken and structure.same_features(given, taken)):
+                    obstacle = "its output is read in another arrangement"
+                elif leaf:
+                    obstacle = often(reader.name, taken[1] if taken else ())
+                else:
+                    obstacle = f"the function {reader.name.removeprefix('function ')!r} stands"
+                    obstacle += " between"
+                if reader.name in weighted:
+                    second, second_shape = reader.name, taken[1] if taken else ()
+                    if obstacle:
+                        between.append(Between("", second_shape, obstacle))
+                else:
+                    between.append(Between(reader.name, taken[1] if taken else (), obstacle))
+                    passed.add(reader)
+                here = reader
+        return Stretch(start.order, first, between, second, end, shape, second_shape, skip)
+
+    found = [follow(call, []) for call in called if call.name in weighted]
+    starts = {*names, *(n for n, m in trace.leaves.items() if is_activation(m))}
+    starts |= {n for n, m in trace.leaves.items() if isinstance(m, NORMS)}
+    for call in called:
+        if call not in passed and call.name in starts:
+            passed.add(call)
+            shape = call.input[1] if call.input is not None else ()
+            start = Between(call.name, shape, often(call.name, shape))
+            found.append(follow(call, [start]))
+    end = "it is not called by itself, but read by another module or never"
+    last = len(called)
+    found += [Stretch(last, n, [], "", end, ()) for n in weighted if n not in trace.calls]
+    return sorted(found, key=lambda stretch: stretch.order)
+
+
+def _said(name: str) -> str:
+    return "a sum" if name in ("function add", "function add_") else f"the {name!r}"
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Tell whether ``module`` is an elementwise activation, one with a slope included."""
+    return isinstance(module, slopes.Slope) or "" in structure.activations(module)
+
+
+def shared(model: nn.Module) -> dict[str, str]:
+    """Return why layers, by name, cannot be changed alone: weights held or watched elsewhere."""
+    holders: Counter[int] = Counter(
+        id(p) for m in model.modules() for p in m._parameters.values() if p is not None
+    )
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, (*WEIGHTED, NORMS)):
+            continue
+        if any(holders[id(p)] > 1 for p in module._parameters.values() if p is not None):
+            found[name] = f"the weights of {name!r} belong to another layer, too"
+        elif module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+            found[name] = f"a hook watches {name!r}"
+    return found
+
+
+def hands_on(module: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Tell whether a module without weights does nothing in ``eval`` mode, as dropout.
+
+    It is run on random features of that ``shape``: it must give back the very tensor.
+    """
+    if isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd):
+        return True
+    if module.training or any(True for _ in (*module.parameters(), *module.buffers())):
+        return False
+    small = tuple(min(size, 2) for size in shape)
+    given = torch.randn(small, generator=torch.Generator().manual_seed(0))
+    before = given.clone()
+    with torch.no_grad():
+        try:
+            result = module(given)
+        except Exception:  # whatever it wants, it is not this tensor
+            return False
+    same = isinstance(result, Tensor) and result.data_ptr() == given.data_ptr()
+    return same and result.shape == given.shape and torch.equal(result, before)
+
+
+# --- norms that carry an activation -----------------------------------------------------------
+
+
+def split_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Put (norm, drop, act) in the place of norms that carry an activation, in place.
+
+    Timm's ``BatchNormAct2d`` is a BatchNorm with children ``drop`` and ``act``. Returns the modules
+    that stood there, by name, for :func:`rejoin_norms`.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.BatchNorm2d) and set(module._modules) == {"drop", "act"}:
+            norm = nn.BatchNorm2d(module.num_features, device="meta")
+            vars(norm).update({k: v for k, v in vars(module).items() if k in vars(norm)})
+            vars(norm)["_modules"] = {}
+            parts = OrderedDict(norm=norm, drop=module.drop, act=module.act)
+            put(model, name, nn.Sequential(cast(Any, parts)).train(module.training))
+            found[name] = module
+    return found
+
+
+def rejoin_norms(model: nn.Module, before: dict[str, nn.Module]) -> None:
+    """Put back, in place, the norms of :func:`split_norms` that are still there."""
+    for name, module in before.items():
+        parts = cast(nn.Sequential, model.get_submodule(name))
+        if isinstance(parts.norm, NORMS):
+            module._modules |= {
+                "drop": cast(nn.Module, parts.drop),
+                "act": cast(nn.Module, parts.act),
+            }
+            put(model, name, module)
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place ``name``, in place."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
