@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from pruning101.core import masks, plots
-from pruning101.core.activation_states import binary_entropy, observe
+from pruning101.core.activation_states import observe
 from pruning101.core.data import Dataset
+from pruning101.core.state_entropy import binary_entropy
 from pruning101.core.training import evaluate, fit
 from pruning101.widgets import base
 
@@ -121,7 +122,7 @@ def draw(state: State, *, layer: str | None = None, epoch: int = 0) -> Figure:
     left.set_ylim(0, 115 * state.shares[epoch, place].max())
     left.set_title(f"{name} after {epoch} epochs: {state.on[name][epoch].mean():.0%} ON")
     left.legend(loc="upper right", handlelength=1)
-    _units(state.on[name][epoch], ax=right)
+    units(state.on[name][epoch], ax=right)
     return figure
 
 
@@ -137,7 +138,7 @@ def distribution(state: State, layer: str, epoch: int, *, ax: Axes) -> None:
     ax.set(xlabel="pre-activation $z$", ylabel="share (%)", xlim=(edges[0], edges[-1]))
 
 
-def _units(on: np.ndarray, *, ax: Axes) -> None:
+def units(on: np.ndarray, *, ax: Axes) -> None:
     ax.plot(_GRID, entropies(_GRID), color="#999999", linewidth=1)
     ax.plot(on, entropies(on), "o", color=plots.PALETTE[0], alpha=0.6, label="a unit")
     mean = float(entropies(on).mean())
