@@ -20,7 +20,7 @@ the corners, which were counted twice.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 _HALF = (torch.float16, torch.bfloat16)
+_PRODUCTS = 2**22  # numbers kept at a time
 
 
 class Convolution(NamedTuple):
@@ -182,12 +183,55 @@ class Composition:
             "groups": self.groups,
         }
 
-    def products(self) -> Tensor:
-        """W2[:, :, u, v] @ W1[:, :, a, b], all of them: [u, a, v, b, g, h2, O / g2, h1, I / g1].
+    def kernels(self, names: Iterable[str] = ("weight", *SIDES)) -> dict[str, Tensor]:
+        """Return the kernels, those that are zero left out.
 
-        g are the groups that both layers share; h1 and h2 what each splits those into further.
-        Middle channels then come in g * h1 * h2 blocks; where both split further, in ways that do
-        not fit, the first layer is written out without.
+        [O, overhangs, overhangs, I / groups, rows, columns] each, that of ``weight`` without the
+        overhangs. Sides are taken off, corners put back.
+        """
+        rows, columns = self.axes
+        wanted = {
+            name: sides
+            for name in names
+            if rows.taps((sides := SIDES.get(name, ("all", "all")))[0]) and columns.taps(sides[1])
+        }
+        left, right = self._factors()
+        g, h1, h2, _, _, outputs, _ = left.shape
+        kernels = {
+            name: self.two.weight.new_empty(
+                g * h2 * outputs,
+                len(rows.overhangs(side)),
+                len(columns.overhangs(other)),
+                h1 * right.shape[-1],
+                rows.size(side),
+                columns.size(other),
+            )
+            for name, (side, other) in wanted.items()
+        }
+        # All products at once would be large, and made anew in memory each time: some at a time.
+        step = max(1, _PRODUCTS // (left[..., 0, 0].numel() * right[0, 0, 0, 0].numel()))
+        for start in range(0, outputs, step):
+            products = _products(left[..., start : start + step, :], right)
+            by_row: dict[str, Tensor] = {}
+            for name, (side, other) in wanted.items():
+                if side not in by_row:  # [overhang, row, v, b, ...]
+                    by_row[side] = _sum_taps(products, rows, side)
+                kernel = _sum_taps(by_row[side].movedim((2, 3), (0, 1)), columns, other)
+                target = kernels[name].unflatten(3, (h1, -1)).unflatten(0, (g, h2, -1))
+                target[:, :, start : start + step] = kernel.permute(4, 5, 6, 2, 0, 7, 8, 3, 1)
+        for name, (side, other) in wanted.items():
+            if (side == "all") != (other == "all"):
+                kernels[name].neg_()
+        if "weight" in kernels:
+            kernels["weight"] = kernels["weight"][:, 0, 0]
+        return kernels
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """Return both weights: [g, h1, h2, u, v, O'', M'] and [g, h1, h2, M', a, b, I'].
+
+        g are the groups that both layers share, h1 and h2 what each splits those into further, so
+        that the middle channels come in g * h1 * h2 blocks of M'. Where both split them further,
+        in ways that do not fit, the first layer is written out without.
         """
         g = self.groups
         h1, h2 = self.one.groups // g, self.two.groups // g
@@ -197,33 +241,9 @@ class Composition:
             wide = split.new_zeros(*split.shape[:3], h1, *split.shape[3:])
             wide.diagonal(dim1=1, dim2=3).copy_(split.movedim(1, -1))
             w1, h1 = wide.flatten(0, 2).flatten(1, 2), 1
-        # [g, h1, h2, u, v, O'', M'] and [g, h1, h2, M', a, b, I']
         left = w2.unflatten(1, (h1, -1)).unflatten(0, (g, h2, -1)).permute(0, 3, 1, 5, 6, 2, 4)
         right = w1.unflatten(0, (g, h1, h2, -1)).permute(0, 1, 2, 3, 5, 6, 4)
-        every = torch.matmul(left.flatten(3, 5), right.flatten(4, 6))
-        every = every.unflatten(4, right.shape[4:]).unflatten(3, left.shape[3:6])
-        return every.permute(3, 6, 4, 7, 0, 2, 5, 1, 8)
-
-    def kernels(self, names: Iterable[str] = ("weight", *SIDES)) -> Iterator[tuple[str, Tensor]]:
-        """Yield each kernel that is not zero: [O, overhangs, overhangs, I / groups, rows, columns].
-
-        That of ``weight`` without the overhangs. Sides are taken off, corners put back.
-        """
-        products = self.products()
-        rows: dict[str, Tensor] = {}
-        for name in names:
-            side, other = SIDES.get(name, ("all", "all"))
-            if not (self.axes[0].taps(side) and self.axes[1].taps(other)):
-                continue
-            if side not in rows:  # [overhang, row, v, b, ...]
-                rows[side] = _sum_taps(products, self.axes[0], side)
-            kernel = _sum_taps(rows[side].movedim((2, 3), (0, 1)), self.axes[1], other)
-            kernel = kernel.flatten(7, 8).flatten(4, 6).permute(4, 2, 0, 5, 3, 1)
-            kernel = kernel.to(self.one.weight.dtype).contiguous()
-            if name == "weight":
-                yield name, kernel[:, 0, 0]
-            else:
-                yield name, kernel.neg_() if "all" in (side, other) else kernel
+        return left, right.contiguous()
 
     def through(self) -> Tensor:
         """What each tap of the second layer makes of the first's bias: [O, u, v]."""
@@ -255,6 +275,13 @@ class Composition:
                 shift = torch.einsum("ouv,tu,sv->ots", through, rows, columns)
                 found[f"{name}_bias"] = -shift if "all" in sides else shift
         return found
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """W2[:, :, u, v] @ W1[:, :, a, b], all of them: [u, a, v, b, g, h2, O'', h1, I']."""
+    every = torch.matmul(left.flatten(3, 5), right.flatten(4, 6))
+    every = every.unflatten(4, right.shape[4:]).unflatten(3, left.shape[3:6])
+    return every.permute(3, 6, 4, 7, 0, 2, 5, 1, 8)
 
 
 def _sum_taps(products: Tensor, axis: Axis, side: str) -> Tensor:

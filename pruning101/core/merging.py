@@ -71,7 +71,7 @@ def merge(first: nn.Module, second: nn.Module, *, border: Border = "exact") -> n
             merged: nn.Module = BorderedConv2d(pair, requires_grad=_trains(first, second))
             return merged.train(second.training)
         plain = nn.Conv2d(**pair.geometry(), bias=False, device="meta")
-        ((_, weight),) = pair.kernels(["weight"])
+        weight = pair.kernels(["weight"])["weight"]
         return _with_parameters(plain, weight, pair.bias(), first, second)
 
 
