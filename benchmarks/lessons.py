@@ -76,6 +76,10 @@ def activation_entropy_widget() -> ipywidgets.VBox:
     return activation_entropy.show(activation_entropy.precompute(model, digits, epochs=3))
 
 
+def layer_collapse_widget() -> ipywidgets.VBox:
+    return layer_collapse.show(layer_collapse.precompute())
+
+
 WIDGETS: dict[str, Callable[[], ipywidgets.VBox]] = {
     "skeletonization": skeletonization_widget,
     "optimal_brain_damage": optimal_brain_damage_widget,

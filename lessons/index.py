@@ -87,6 +87,7 @@
 # | $s$ | `saliency`, `scores` | what removing a weight is estimated to cost |
 # | $\rho$ | `relevance` | what removing a unit is estimated to cost |
 # | $\alpha$ | `attention` | a unit's strength: 1 as it is, 0 removed |
+# | $\alpha$ | `slope` | an activation's slope below zero: 0 is ReLU, 1 a line (lessons 6 to 8) |
 # | $m$ | `mask` | 1 where a weight is kept, 0 where it is pruned |
 # | $\theta_k$ | `state_dict` | all weights of a network after $k$ iterations |
 # | $p$ | `rate` | share of the weights left that one round removes |
@@ -111,6 +112,8 @@
 #   column for it.
 # - **Coded bytes**: size of the stored weights after entropy coding, where
 #   zeros cost nearly nothing. **Dense bytes**: without it.
+# - **Collapsing** a pair: two linear layers with nothing non-linear between them
+#   become one, their product.
 # - **Dead unit**: a unit without inputs or without outputs left. One without
 #   inputs still emits its bias.
 # - **Dense**: a network from which nothing was removed.
@@ -128,7 +131,7 @@
 # - **Latency**: time that one answer takes, as measured on a machine.
 # - **MACs**: multiply-adds that one input costs.
 # - **Layer collapse**: a layer loses all its weights, and the network answers
-#   every input alike.
+#   every input alike. (The method LayerCollapse of lesson 8 is something else.)
 # - **Magnitude**: absolute value of a weight.
 # - **Mask**: zeros and ones that say which weights are gone. A masked network
 #   is as large and as slow as before.
@@ -140,6 +143,8 @@
 # - **Pruning**: removing parts of a trained network.
 # - **Rewinding**: putting surviving weights back to earlier values.
 # - **Saliency, relevance, score**: an estimate of what a removal would cost.
+# - **Self-distillation**: training a changed network to answer as it did
+#   before the change.
 # - **Semi-structured**: a fixed number of zeros in every few weights, as 2 of
 #   4, which some GPUs can skip.
 # - **Sensitivity**: how strongly outputs or loss react to a small change.
