@@ -23,6 +23,7 @@ from pruning101.course import build, execute, material
 from pruning101.lottery_tickets import find_ticket
 from pruning101.widgets import (
     activation_entropy,
+    layer_collapse,
     lottery_tickets,
     magnitude,
     optimal_brain_damage,
@@ -87,6 +88,7 @@ WIDGETS: dict[str, Callable[[], ipywidgets.VBox]] = {
     "lottery_tickets": lottery_tickets_widget,
     "structured": structured_widget,
     "activation_entropy": activation_entropy_widget,
+    "layer_collapse": layer_collapse_widget,
 }
 
 
