@@ -721,17 +721,19 @@ def trained(digits):
 
 def test_self_distillation_is_half_labels_half_teacher_and_the_penalty(digits, trained):
     student = lc.make_collapsible(trained)
+    teacher = nn.Sequential(nn.Flatten(), mlp(64, 10, seed=5))  # one that answers otherwise
+    nn.init.normal_(teacher[1][0].weight, generator=torch.Generator().manual_seed(0))
     one = digits.subset(train=64)
     images, labels = next(iter(one.batches("train", 64)))
     by_hand = masks.clone(student)
-    outputs, answers = by_hand(images), trained(images).detach()
+    outputs, answers = by_hand(images), teacher(images).detach()
     loss = F.cross_entropy(outputs, labels) / 2
     divergence = answers.softmax(1) * (answers.log_softmax(1) - outputs.log_softmax(1))
     loss = loss + divergence.sum(1).mean() / 2
     loss = loss + 3.0 * ((1 - by_hand[2].slope) ** 2 + (1 - by_hand[4].slope) ** 2)
     loss.backward()
     history = lc.self_distillation(
-        student, one, teacher=trained, epochs=1, lr=0.1, strength=3.0, batch_size=64, progress=False
+        student, one, teacher=teacher, epochs=1, lr=0.1, strength=3.0, batch_size=64, progress=False
     )
     assert len(history) == 1
     for parameter, other in zip(student.parameters(), by_hand.parameters(), strict=True):
@@ -752,6 +754,13 @@ def test_the_sequence_goes_backwards_and_resumes_to_the_same_numbers(digits, tra
     assert whole[0].footprint.parameters == 65 * 48 + 49 * 10
     assert whole[1].footprint.parameters == 65 * 10
     assert whole[1].accuracy > 0.7
+    # The first phase by hand, from the network that came: its teacher is that network, too.
+    first = lc.make_collapsible(trained, last=1)
+    settings = {k: OPTIONS[k] for k in ("epochs", "lr", "strength")}
+    lc.self_distillation(
+        first, digits, teacher=trained, **settings, batch_size=16, seed=1, progress=False
+    )
+    assert whole[0].slopes == {"4": first[4].slope.item()}
     step = whole[-1]
     assert evaluate(step.model, digits, "valid").accuracy == step.accuracy
 
