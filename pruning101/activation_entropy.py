@@ -28,7 +28,7 @@ from pruning101.core.removals import Choice, remove_in_rounds, silence
 from pruning101.core.removals import Removal as Removal
 from pruning101.core.removals import RoundOptions as RoundOptions
 from pruning101.core.removals import remove_activations as remove_activations
-from pruning101.core.state_entropy import Zero, norm_moments
+from pruning101.core.state_entropy import Zero, check_choice, norm_moments
 from pruning101.core.state_entropy import binary_entropy as binary_entropy
 from pruning101.core.state_entropy import error_likelihood as error_likelihood
 from pruning101.core.state_entropy import norm_state_probability as norm_state_probability
@@ -72,6 +72,8 @@ def easier(
         ValueError: no activation, an unknown layer, options out of range, or a history begun with
             another model or other settings; all before any training.
     """
+    check_choice("zero", zero, ("ignore", "on", "off"))
+    check_choice("average", average, ("counts", "batches"))
 
     def choose(work: nn.Module, left: list[str], example: Tensor) -> Choice | None:
         batches = data.batches("train", _BATCH, device=runs.device_of(work))
@@ -122,8 +124,7 @@ def tlc(
     Raises:
         ValueError: as :func:`easier`, or an unknown ranking.
     """
-    if ranking not in ("likelihood", "loss_gap"):
-        raise ValueError(f'ranking must be "likelihood" or "loss_gap", not {ranking!r}.')
+    check_choice("ranking", ranking, ("likelihood", "loss_gap"))
 
     def choose(work: nn.Module, left: list[str], example: Tensor) -> Choice | None:
         where = {name: o for name, o in origins(work, example).items() if name in left}
@@ -186,7 +187,8 @@ def _by_loss_gap(
         network = masks.clone(model).eval()
         linearise(network, linear)
         with torch.no_grad():
-            return float(F.cross_entropy(network(images), labels))
+            value = float(F.cross_entropy(network(images), labels))
+        return math.inf if math.isnan(value) else value
 
     before = loss([])
     gaps = {name: loss([name]) - before for name in names}
