@@ -112,6 +112,7 @@ class Rewritten(fx.GraphModule):
         new = cast(Rewritten, super().__deepcopy__(memo))
         kept = {k: v for k, v in vars(self).items() if k != "_graph"}
         vars(new).update(copy.deepcopy(kept, memo))
+        type(new).__name__ = type(self).__name__  # a class of its own
         return new
 
     def __reduce__(self) -> tuple[Any, ...]:

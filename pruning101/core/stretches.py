@@ -111,8 +111,9 @@ def stretches(model: nn.Module, example: Example, names: Iterable[str] = ()) -> 
             start = Between(call.name, shape, often(call.name, shape))
             found.append(follow(call, [start]))
     end = "it is not called by itself, but read by another module or never"
-    last = len(called)
-    found += [Stretch(last, n, [], "", end, ()) for n in weighted if n not in trace.calls]
+    last = max((call.order for call in called), default=0) + 1
+    uncalled = [n for n in trace.leaves if n in weighted and n not in trace.calls]
+    found += [Stretch(last, name, [], "", end, ()) for name in uncalled]
     return sorted(found, key=lambda stretch: stretch.order)
 
 
