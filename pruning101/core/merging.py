@@ -291,6 +291,7 @@ def _check_norm(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
             "A norm is merged into a linear layer, a convolution that is not transposed or a "
             f"BorderedConv2d, not into {type(layer).__name__}."
         )
+    _check_there(norm)
     if not isinstance(norm, _NORM_OF[kind] | nn.SyncBatchNorm):
         raise TypeError(
             f"The norm after {type(layer).__name__} must be {_NORM_OF[kind].__name__}, not "
@@ -320,11 +321,17 @@ def _scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
     return scale, shift if norm.bias is None else shift + norm.bias.detach()
 
 
+def _check_there(layer: nn.Module) -> None:
+    if any(nn.parameter.is_lazy(t) for t in (*layer.parameters(), *layer.buffers())):
+        raise ValueError(
+            f"This {type(layer).__name__} has no weight yet; run it once before merging."
+        )
+
+
 def _check_own(layer: Any) -> None:
     """Refuse a layer whose weight is not there yet, or not all that it does."""
+    _check_there(layer)
     kind = type(layer).__name__
-    if any(nn.parameter.is_lazy(t) for t in (*layer.parameters(), *layer.buffers())):
-        raise ValueError(f"This {kind} has no weight yet; run it once before merging.")
     for leaf in ("weight", "bias"):
         if leaf not in layer._parameters:
             raise ValueError(
