@@ -43,7 +43,7 @@ class Stretch:
     end: str
     shape: tuple[int, ...]
     second_shape: tuple[int, ...] = ()
-    skip: bool = False  # it ends where one other value is added
+    skip: bool = False  # it ends in a sum
 
 
 def stretches(model: nn.Module, example: Example, names: Iterable[str] = ()) -> list[Stretch]:
@@ -67,6 +67,8 @@ def stretches(model: nn.Module, example: Example, names: Iterable[str] = ()) -> 
         first = start.name if start.name in weighted else ""
         shape = start.input[1] if start.input is not None else ()
         here, second, end, second_shape, skip = start, "", "", (), False
+        if first and often(first, shape):
+            between.append(Between("", shape, often(first, shape)))
         while not second and not end:
             readers = trace.consumers[here]
             reader = next(iter(readers), None)
@@ -76,10 +78,11 @@ def stretches(model: nn.Module, example: Example, names: Iterable[str] = ()) -> 
                 end = f"its output is read in {len(readers)} places"
             elif reader.name == "output":
                 end = "it gives the network's output"
+            elif reader.name in ("function add", "function add_"):
+                end, skip = "something else is added to it", True
             elif trace.sources[reader] != {here}:
-                skip = reader.name in ("function add", "function add_")
-                skip = skip and len(trace.sources[reader]) <= 2
-                end = f"{_said(reader.name)} joins it with something else"
+                name = reader.name.removeprefix("function ")
+                end = f"{name!r} joins it with something else"
             else:
                 given, taken = here.output, reader.input
                 obstacle = ""
@@ -115,10 +118,6 @@ def stretches(model: nn.Module, example: Example, names: Iterable[str] = ()) -> 
     uncalled = [n for n in trace.leaves if n in weighted and n not in trace.calls]
     found += [Stretch(last, name, [], "", end, ()) for name in uncalled]
     return sorted(found, key=lambda stretch: stretch.order)
-
-
-def _said(name: str) -> str:
-    return "a sum" if name in ("function add", "function add_") else f"the {name!r}"
 
 
 def is_activation(module: nn.Module) -> bool:
