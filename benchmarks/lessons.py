@@ -24,6 +24,7 @@ from pruning101.lottery_tickets import find_ticket
 from pruning101.widgets import (
     activation_entropy,
     layer_collapse,
+    layer_folding,
     lottery_tickets,
     magnitude,
     optimal_brain_damage,
@@ -81,12 +82,20 @@ def layer_collapse_widget() -> ipywidgets.VBox:
     return layer_collapse.show(layer_collapse.precompute())
 
 
+def layer_folding_widget() -> ipywidgets.VBox:
+    names = ["act1", "act2", "block1.relu1", "block1.relu2", "block2.relu1", "block2.relu2", "act3"]
+    slopes = [{name: min(1, i / (100 + j)) for j, name in enumerate(names)} for i in range(216)]
+    images, _ = next(iter(data.load("digits", image_size=12).batches("valid", 64)))
+    return layer_folding.show(layer_folding.precompute(slopes, images))
+
+
 WIDGETS: dict[str, Callable[[], ipywidgets.VBox]] = {
     "skeletonization": skeletonization_widget,
     "optimal_brain_damage": optimal_brain_damage_widget,
     "magnitude": magnitude_widget,
     "lottery_tickets": lottery_tickets_widget,
     "structured": structured_widget,
+    "layer_folding": layer_folding_widget,
     "activation_entropy": activation_entropy_widget,
     "layer_collapse": layer_collapse_widget,
 }
