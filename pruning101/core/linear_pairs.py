@@ -101,7 +101,8 @@ def linear_pairs(model: nn.Module, example: Example | None = None) -> list[Linea
     Between the two may stand norms and dropout as well. Each of them takes nothing but the output
     of the one before, and nothing else reads that. With an ``example``, ``model(example)`` is run;
     without one, ``forward`` is followed by ``torch.fx``, module by module where the whole cannot be
-    followed. The model stays as it was.
+    followed. The layers of PyTorch's own ``nn.TransformerEncoderLayer``, which calls its activation
+    as a function, are not found. The model stays as it was.
     """
     modules = dict(model.named_modules())
     runs = _runs_of(model, example) if example is not None else _symbolic_runs(model)
@@ -211,7 +212,6 @@ def _runs_in(graph: fx.Graph, prefix: str) -> Iterator[list[str]]:
         return (
             isinstance(before, fx.Node)
             and before.op == "call_module"
-            and node.all_input_nodes == [before]
             and len(node.args) == 1
             and not node.kwargs
             and list(before.users) == [node]
