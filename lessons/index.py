@@ -41,7 +41,7 @@
 # | 05 | [Structured against unstructured](05_structured.ipynb) | Li et al. 2017, LOBSTER, SeReNe, Fang et al. 2023 | 35 min | 1 minute | [exercises](exercises/05_structured.ipynb) |
 # | 06 | Layer folding | Dror et al. 2022 | | | not there yet |
 # | 07 | Activation entropy | EGP, NEPENTHE, EASIER, TLC | | | not there yet |
-# | 08 | Layer collapse | LayerCollapse | | | not there yet |
+# | 08 | [Layer collapse](08_layer_collapse.ipynb) | Zibakhsh Shabgahi et al. 2023 | 35 min | 4.5 minutes | [exercises](exercises/08_layer_collapse.ipynb) |
 # | 09 | Whole layers by optimal transport | LaCoOT | | | not there yet |
 # | 10 | Intra-fusion | Theus et al. 2024 | | | not there yet |
 # | 11 | Token folding | ToMe 2023, FOLDER 2025 | | | not there yet |
@@ -94,7 +94,14 @@
 # | $\beta$ | `alphas` | place on the line between two networks, 0 to 1 |
 # | $R$ | | what flows from all inputs to all outputs (SynFlow) |
 # | $q$, $\sigma$ | `quality` | a threshold's factor; a layer's standard deviation |
+# | $\pi$ | `share_on` | share of what a unit sees for which it is ON |
+# | $\mathcal{H}$ | `entropy` | bits that the states of a layer's units have, on average |
+# | $\gamma$ | `norm.weight` | scale of a norm, one a channel |
+# | $\epsilon$ | `error_likelihood` | how often a unit is not in its usual state |
+# | $I$ | `importance` | entropy of a layer times its mean weight (EGP) |
 # | $G$ | `group` | channels that go together, in all layers they run through |
+# | $k_1$, $s_1$, $p_1$ | `kernel_size`, `stride`, `padding` | of the first of two convolutions; $k$, $s$, $p$ of the one they make |
+# | $\mu$ | `momentum` | an optimiser's momentum |
 # | $S$ | `sensitivity` | how strongly the outputs react to a unit |
 # | $\lambda$ | `strength` | weight of a penalty in the loss |
 # | $\eta$ | `lr` | learning rate |
@@ -105,6 +112,8 @@
 # ## Glossary
 #
 # - **Accuracy**: share of examples that are classified rightly.
+# - **Border**: the outputs at an image's edge, where one convolution cannot do
+#   what two did, because the second read zeros there.
 # - **Budget**: what two methods must have in common to be compared: steps of
 #   training, examples seen, or the size of the result.
 # - **Channel**: one image among those that a layer emits. The **filter** that
@@ -119,7 +128,10 @@
 # - **Dense**: a network from which nothing was removed.
 # - **Depth**: layers with weights on the longest path through a network.
 # - **Early stop**: the iteration at which the loss on valid is least.
+# - **Entropy of a layer**: how undecided its units are between ON and OFF, in
+#   bits: 1 where each is ON half of the time, 0 where none ever switches.
 # - **Fine-tuning, healing, retraining**: training on after a removal.
+# - **Folding**: making an activation linear and merging the layers around it.
 # - **Footprint**: parameters, non-zeros, MACs, depth and bytes, together.
 # - **Global, layerwise**: whether one threshold serves all layers, or each
 #   layer has its own.
@@ -132,11 +144,15 @@
 # - **MACs**: multiply-adds that one input costs.
 # - **Layer collapse**: a layer loses all its weights, and the network answers
 #   every input alike. (The method LayerCollapse of lesson 8 is something else.)
+# - **Linearise**: put an identity in the place of an activation.
 # - **Magnitude**: absolute value of a weight.
 # - **Mask**: zeros and ones that say which weights are gone. A masked network
 #   is as large and as slow as before.
 # - **Materialise**: turn zeros that fill whole channels into a smaller network
 #   of the same function.
+# - **Merging**: writing two layers with nothing non-linear between as one.
+# - **ON, OFF**: the two states of a unit, its pre-activation above or below 0.
+#   At exactly 0 it is in neither.
 # - **One-shot, iterative**: whether all is removed at once, or a little at a
 #   time with training in between.
 # - **Penalty**: a term added to the loss that makes a network easier to prune.
@@ -148,6 +164,7 @@
 # - **Semi-structured**: a fixed number of zeros in every few weights, as 2 of
 #   4, which some GPUs can skip.
 # - **Sensitivity**: how strongly outputs or loss react to a small change.
+# - **Slope**: what a trainable activation multiplies negative inputs with.
 # - **Sparsity**: share of the weights that are zero. **Density** is the rest.
 # - **Structured, unstructured**: whether whole units, channels or layers go,
 #   which makes the network really smaller, or single weights.
