@@ -1,0 +1,55 @@
+"""Mistakes that the checks of lesson 7's exercises must see."""
+
+MUTATIONS = {
+    "ex-07-1": [
+        ("(z > 0)", "(z >= 0)"),
+        ("(z < 0)", "(z <= 0)"),
+        ("dim != 1", "dim == 0"),
+        ("dim != 1", "dim != z.dim() - 1"),
+        ("on = on + ", "on = "),
+        (".clamp(min=1)", ""),
+        (" / np.log(2)", ""),
+        (" + torch.special.entr(1 - p)", ""),
+        (".mean().item()", ".mean()"),
+        (".mean().item()", ".sum().item()"),
+        ("on / (on + off).clamp(min=1)", "on.sum() / (on + off).sum().clamp(min=1)"),
+        ("for z in batches:", "for z in list(batches)[:1]:"),
+        (
+            "(nats / np.log(2)).mean()",
+            "(nats / np.log(2))[(p > 0) & (p < 1)].mean().nan_to_num()",
+        ),
+    ],
+    "ex-07-2": [
+        ("scale.abs()", "scale"),
+        ("-bias.abs()", "-bias"),
+        ("-bias.abs()", "bias.abs()"),
+        ("/ size.masked_fill(fixed, 1)", "/ (size + 1e-5)"),
+        ("torch.where(fixed, torch.zeros_like(likely), likely)", "likely"),
+        ("torch.zeros_like(likely)", "torch.full_like(likely, 0.5)"),
+        ("/ size", "/ size.square()"),
+    ],
+    "ex-07-3": [
+        ("importance.sum() / importance[there]", "importance[there]"),
+        ("importance.sum() / importance[there]", "1 / importance[there]"),
+        ("importance.sum()", "importance.mean()"),
+        ("exponent.softmax(0)", "exponent.exp() / exponent.exp().sum()"),
+        ("exponent.softmax(0)", "(-exponent).softmax(0)"),
+        ("-torch.inf", "0.0"),
+        ("importance > 0", "importance >= 0"),
+    ],
+    "ex-07-4": [
+        ("after in layers", "after"),
+        ("before in layers", "before"),
+        ("name in acting", "name not in layers"),
+        ("nn.BatchNorm1d, ", ""),
+        ("nn.BatchNorm2d, ", ""),
+        (", nn.Dropout", ""),
+        (", nn.Identity)", ")"),
+        ("transparent = (", "transparent = (nn.AvgPool2d, "),
+        ("found.append(name)", "found.append(before)"),
+        (
+            "found = []\n    for chain in structure.linear_chains(model, example):",
+            "found = []\n    for chain in [sum(structure.linear_chains(model, example), [])]:",
+        ),
+    ],
+}
