@@ -114,7 +114,12 @@ def test_replacing_one_call_changes_that_call_only():
 
 @pytest.mark.parametrize(
     ("name", "before", "after"),
-    [("resnet18", 9, 17), ("googlenet", 0, 57), ("mobilenet_v2", 35, 35), ("densenet121", 120, 121)],
+    [
+        ("resnet18", 9, 17),
+        ("googlenet", 0, 57),
+        ("mobilenet_v2", 35, 35),
+        ("densenet121", 120, 121),
+    ],
 )
 @pytest.mark.slow
 def test_torchvision_networks_get_an_activation_a_call(name, before, after):
@@ -164,6 +169,23 @@ def test_a_rewritten_module_scripts():
     model, x = Functions(), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     separate_activations(model).eval()
     assert torch.allclose(torch.jit.script(model)(x), model(x))
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", nn.ReLU()])
+def test_the_activation_of_a_transformer_layer_can_be_replaced(activation):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, activation=activation, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2)
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    expected = outputs(model, x)
+    separate_activations(model)
+    assert list(structure.activations(model)) == ["layers.0.activation", "layers.1.activation"]
+    torch.testing.assert_close(outputs(model, x), expected)
+    for inner in model.layers:
+        inner.activation = Slope(1.0)
+    linear = outputs(model, x)
+    assert not torch.allclose(linear, expected)  # no fused kernel passes it by
+    model.requires_grad_(True)
+    torch.testing.assert_close(model(x).detach(), linear)
 
 
 def test_one_activation_in_several_places_becomes_several():

@@ -102,7 +102,7 @@ class Folding:
     def drop_linear(self) -> None:
         """Put Identity in the place of all activations within the threshold."""
         for name, module in list(self.model.named_modules(remove_duplicate=False)):
-            slope = slope_of(module)
+            slope = slopes.slope_of(module)
             if slope is not None and all(abs(1 - s) <= self.threshold for s in slope):
                 put(self.model, name, nn.Identity().train(module.training))
                 self.linear[name] = max(slope, key=lambda s: abs(1 - s))
@@ -179,7 +179,7 @@ class Folding:
         if stretches.hands_on(module, between.shape):
             return ""
         name, kind = between.name, type(module).__name__
-        slope = slope_of(module)
+        slope = slopes.slope_of(module)
         if slope is not None:
             far = max(slope, key=lambda s: abs(1 - s))
             return f"the slope of {name!r} is {far:.2f}, further than {self.threshold:g} from 1"
@@ -348,17 +348,6 @@ def _largest(difference: Tensor) -> float:
     return float(difference.abs().max())
 
 
-def slope_of(module: nn.Module) -> list[float] | None:
-    """Return the slopes below zero of an activation that is linear on each side, else None."""
-    if isinstance(module, slopes.Slope):
-        return [float(module.slope.detach())]
-    if isinstance(module, nn.PReLU):
-        return cast(list[float], module.weight.detach().tolist())
-    if isinstance(module, nn.LeakyReLU):
-        return [module.negative_slope]
-    return None
-
-
 def _sentence(error: Exception) -> str:
     text = str(error).rstrip(".")
     return text[:1].lower() + text[1:] if text[1:2].islower() else text
@@ -372,7 +361,7 @@ def _short(count: int) -> str:
     return str(count)
 
 
-# --- what it costs ----------------------------------------------------------------------
+# --- what it costs -----------------------------------------------------------------------------
 
 
 def macs(layer: nn.Module, shape: tuple[int, ...]) -> int:

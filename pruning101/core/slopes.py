@@ -37,6 +37,24 @@ class Slope(nn.Module):
         return f"slope={float(self.slope.detach()):.4g}"
 
 
+def slope_of(module: nn.Module) -> list[float] | None:
+    """Return the slopes below zero of an activation that is linear on each side, else None."""
+    if isinstance(module, Slope):
+        return [float(module.slope.detach())]
+    if isinstance(module, nn.PReLU):
+        return cast(list[float], module.weight.detach().tolist())
+    if isinstance(module, nn.LeakyReLU):
+        return [module.negative_slope]
+    return None
+
+
+# Activations of which the linear part is most: what squashes (sigmoid, tanh) is a gate as a rule.
+RECTIFIERS = (
+    nn.CELU, nn.ELU, nn.GELU, nn.Hardswish, nn.LeakyReLU, nn.Mish, nn.PReLU, nn.ReLU, nn.ReLU6,
+    nn.RReLU, nn.SELU, nn.SiLU, nn.Softplus,
+)  # fmt: skip
+
+
 def separate_activations(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     """Give every call of an activation a module of its own, and return the model.
 
@@ -88,6 +106,12 @@ def separate_activations(model: nn.Module, *, inplace: bool = True) -> nn.Module
                 if module in seen:
                     parent._modules[child] = copy.deepcopy(module)
                 seen.add(module)
+    for layer in model.modules():
+        if isinstance(layer, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            kind, _ = _FUNCTIONS.get(_function_name(layer.activation), (None, ()))
+            if kind is not None:
+                layer.activation = kind()
+            layer.activation_relu_or_gelu = 0  # its fused kernel has an activation of its own
     for parent, graph, added in plans:
         for child, module in added.items():
             parent.add_module(child, module.train(parent.training))
