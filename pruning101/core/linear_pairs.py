@@ -191,7 +191,7 @@ def _symbolic_runs(model: nn.Module) -> list[list[str]]:
         follow("", model)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     runs = [run for name, graph in graphs for run in _runs_in(graph, f"{name}." if name else "")]
-    return runs if len(graphs) == 1 else sorted(runs, key=lambda run: order[run[0]])
+    return runs if len(graphs) == 1 else sorted(runs, key=lambda run: order[run[-1]])
 
 
 def _graph_of(module: nn.Module, closed: set[nn.Module]) -> fx.Graph | None:
