@@ -20,7 +20,7 @@ from pruning101.core.merging import (
     merge_norm,
     merge_skip,
 )
-from pruning101.core.structure import linear_chains
+from pruning101.core.structure import channel_groups, linear_chains, prunable
 
 TOLERANCE = 1e-10
 
@@ -393,6 +393,9 @@ def test_it_is_one_layer_deep_and_costs_what_it_computes():
     kernel, sides, corners = 25 * 9 * 7, 5 * 2 * (9 + 7), 4
     assert cost.macs == 4 * 8 * (kernel + sides + corners) + 8 * 2 * 9 * 7
     assert linear_chains(net, x) == [["0", "1", "2"]]
+    # Its channels are in several parameters: what prunes weights or channels leaves it alone.
+    assert list(prunable(net)) == ["2"]
+    assert channel_groups(net, x) == []
 
 
 def test_it_says_what_it_is():

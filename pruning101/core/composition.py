@@ -120,12 +120,12 @@ class Axis:
         return [self.s1, self.s2, self.p2, window1, window2, self.reach]
 
     def border_width(self, bias: bool) -> int:
-        """Outputs that may be wrong at either end; with a bias, wherever a tap is missing."""
-        wrong: list[int] = []
-        for side in ("near", "far"):
-            overhangs = self.overhangs(side)
-            wrong += overhangs if bias else [overhangs[index] for _, _, index, _ in self.taps(side)]
-        return (self.p2 - min(wrong)) // self.s2 + 1 if wrong else 0
+        """Outputs that may be wrong at either end: all that hang over, or none.
+
+        Without a bias it matters whether the first value outside the feature map reads the input
+        for some input size, which it does at the far end if it does anywhere.
+        """
+        return -(-self.p2 // self.s2) if bias or self.taps("far") else 0
 
 
 # The border: four sides and, counted twice by them, four corners.
