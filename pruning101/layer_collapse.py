@@ -354,6 +354,8 @@ def collapse_sequentially(
     """
     if epochs < 0 or (drop is not None and not 0 <= drop <= 1):
         raise ValueError(f"epochs must be >= 0 and drop a share in [0, 1], got {epochs}, {drop}")
+    if slopes(model):
+        raise ValueError("the model has slopes already; give the network that was trained without")
     example, _ = next(iter(data.batches("valid", 2, device=runs.device_of(model))))
     example = example.to(runs.dtype_of(model))
     begin = masks.clone(model)

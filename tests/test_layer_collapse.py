@@ -657,6 +657,10 @@ def test_each_obstacle_is_told_in_one_line_and_nothing_changes():
 
     with pytest.raises(ValueError, match="the model has no slope"):
         lc.collapse(mlp(3, 4, 2))
+    with pytest.raises(ValueError, match="empty batch"):
+        lc.collapse(pair(), example=torch.zeros(0, 4))
+    with pytest.raises(ValueError, match="empty batch"):
+        lc.collapsed_counts(pair(), torch.zeros(0, 4))
     for tolerance in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="tolerance must be a positive number"):
             lc.collapse(pair(), tolerance=tolerance)
@@ -797,6 +801,8 @@ def test_the_sequence_stops_after_a_drop_and_keeps_slopes_that_do_not_come_near(
     steps = list(lc.collapse_sequentially(trained, digits, **bad))
     assert steps[0].accuracy < evaluate(trained, digits, "valid").accuracy
     assert len(steps) == 1
+    with pytest.raises(ValueError, match="slopes already"):
+        lc.collapse_sequentially(lc.make_collapsible(trained), digits, **OPTIONS)
     for wrong in ({"drop": 1.5}, {"epochs": -1}, {"last": 3}):
         with pytest.raises(ValueError, match=r"drop a share|last must"):
             lc.collapse_sequentially(trained, digits, **(OPTIONS | wrong))

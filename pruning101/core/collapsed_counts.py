@@ -56,7 +56,7 @@ def collapsed_counts(
     would grow stay.
 
     Raises:
-        ValueError: no such pair, or fewer than ``last`` of them.
+        ValueError: no such pair, fewer than ``last`` of them, or an empty example.
     """
     small = _without_weights(model)
     arguments = model_inputs(small, example)
@@ -104,7 +104,9 @@ def macs(model: nn.Module, example: Example) -> int:
     from torch.utils.flop_counter import FlopCounterMode  # imports triton
 
     inputs = model_inputs(model, example)
+    batch_size = next((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.ndim), 1)
+    if batch_size == 0:
+        raise ValueError("the example is an empty batch; give at least one input")
     with torch.no_grad(), plain_attention(), FlopCounterMode(display=False) as flops:
         model(*inputs)
-    batch_size = next((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.ndim), 1)
     return round(flops.get_total_flops() / 2 / batch_size)

@@ -84,8 +84,8 @@ def collapse(
     on 64 random rows. By default a changed copy is returned.
 
     Raises:
-        ValueError: a tolerance that is not positive, or a model without slopes; the model is left
-            as it was.
+        ValueError: a tolerance that is not positive, a model without slopes or an empty example;
+            the model is left as it was.
     """
     if not 0 < tolerance < math.inf:
         raise ValueError(f"tolerance must be a positive number, got {tolerance!r}")
@@ -134,7 +134,7 @@ def _collapse_pair(
             f"{n_hidden * (n_in + n_out)}; force=True merges them all the same"
         )
     old = nn.Sequential(*map(model.get_submodule, pair.names))
-    positions = 1 if inputs is None else inputs[..., 0].numel() // max(1, len(inputs))
+    positions = 1 if inputs is None else inputs[..., 0].numel() // len(inputs)
     parameters, macs = _count(old), positions * n_hidden * (n_in + n_out)
     line = CollapsedPair(
         pair.first,
@@ -181,6 +181,8 @@ def _inputs_of(model: nn.Module, names: set[str], example: Example | None) -> di
     chosen = {name: model.get_submodule(name) for name in names}
     with undisturbed(model), torch.no_grad(), hooked(chosen, enter, lambda *_: None):
         model(*model_inputs(model, example))
+    if any(x.numel() == 0 for x in inputs.values()):
+        raise ValueError("the example is an empty batch; give at least one input")
     return inputs
 
 
