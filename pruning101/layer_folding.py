@@ -33,7 +33,7 @@ from pruning101.core.slopes import separate_activations as separate_activations
 from pruning101.core.steps import History, Step, measured
 from pruning101.core.stretches import NORMS, put, rejoin_norms, split_norms, stretches
 from pruning101.core.surgery import all_or_nothing
-from pruning101.core.tracing import Example
+from pruning101.core.tracing import Example, model_inputs
 from pruning101.core.training import evaluate, fit
 
 if TYPE_CHECKING:
@@ -179,6 +179,8 @@ def fold(
             unknown border, an example that is empty; the model is left as it was.
     """
     check_foldable(model, threshold, border)
+    if any(x.numel() == 0 for x in model_inputs(model, example) if isinstance(x, Tensor)):
+        raise ValueError("the example is an empty batch; give at least one input")
     original = masks.clone(model) if inplace else model
     work = model if inplace else masks.clone(model)
     with all_or_nothing(work):
@@ -199,11 +201,9 @@ def fold(
 class Distilled:
     """The network with one layer in the place of two, and what that cost and gained.
 
-    Errors are mean squares of the difference to what the two layers gave, relative to its variance,
-    on ``valid``: ``error_cropped`` of the merged kernel cut down to its centre, ``error_after`` of
-    the fitted one. Accuracies are on ``valid``: of the network before, with the cropped kernel,
-    with the fitted one, and after training. MACs are those of the two layers and of the one;
-    ``seconds`` the time that all of it took.
+    On ``valid``: errors are mean squares of the difference to what the two layers gave, relative to
+    its variance, of the merged kernel cut down to its centre and of the fitted one; accuracies are
+    those of the network before, with either kernel, and after training.
     """
 
     model: nn.Module
@@ -392,7 +392,7 @@ def fold_iteratively(
             train(work, finetune, 2 * index + 1, after_step=clamp_slopes)
             seconds = time.perf_counter() - begin
             step = measured(index, sorted(report.linear), work, data, seconds=seconds)
-            told = {"merged": len(report.merged), "slopes": found}
+            told: dict[str, Any] = {"merged": len(report.merged), "slopes": found}
             step = Folded(**vars(step), **told, accuracies=(trained, folded, step.accuracy))
             history.append(step)
             yield step

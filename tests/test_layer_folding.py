@@ -293,6 +293,22 @@ def test_a_skip_around_more_than_a_layer_stays():
     assert rows["", ""] == "kept: '0.act' (ReLU) stays"
 
 
+def test_a_sum_of_two_branches_stays_in_a_forward_with_functions():
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            y = self.a(x)
+            return {"out": self.b(y).relu() + self.c(y)}
+
+    rows = by_layers(fold(Branches().eval(), torch.ones(2, 4)))
+    assert rows["a", ""] == "kept: its output is read in 2 places"
+    assert rows["b", ""] == "kept: the function 'relu' stands between"
+    assert "adds something else" in rows["c", ""]
+
+
 @pytest.mark.parametrize("norms", [True, False])
 def test_norms_merge_into_the_layer_before_or_behind(norms):
     model = nn.Sequential(
@@ -386,6 +402,11 @@ def test_wrong_uses_are_refused_in_a_sentence(model, options, message):
         fold(model, torch.randn(3, 2), inplace=True, **options)
     assert "\n" not in str(raised.value)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_an_empty_example_is_refused():
+    with pytest.raises(ValueError, match="empty batch"):
+        fold(nn.Linear(2, 2), torch.zeros(0, 2))
 
 
 def test_masked_layers_are_refused_and_permanent_zeros_fold():

@@ -1,6 +1,6 @@
 """``x + layer(x)`` as one layer: the identity goes into the kernel, the sum out of the forward."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -25,12 +25,18 @@ def absorb_skip(model: nn.Module, name: str) -> str:
             graph, added, _ = slopes.forward_graph(parent)
         except Exception:  # what tracing raises on arbitrary code has no bounds
             return f"the forward of {parent_name or 'the model'!r}, which adds, cannot be traced"
+
+        def find(node: Any, parent: nn.Module = parent, added: Any = added) -> list[nn.Module]:
+            """Return the modules that a call runs, those that do nothing left out."""
+            called = added.get(node.target) or parent.get_submodule(node.target)
+            return [m for m in _parts(called) if not _does_nothing(m)]
+
         for node in graph.nodes:
             function = getattr(node.target, "__name__", node.target)  # a method is a name
             if function not in ("add", "iadd", "add_") or len(node.args) != 2 or node.kwargs:
                 continue
             for branch, other in (node.args, node.args[::-1]):
-                if _is_skip(parent, branch, other, layer):
+                if _is_skip(find, branch, other, layer):
                     try:
                         merged = merge_skip(layer)
                     except (ValueError, TypeError) as error:
@@ -55,19 +61,19 @@ def _ancestors(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         yield name, model.get_submodule(name)
 
 
-def _is_skip(parent: nn.Module, branch: Any, other: Any, layer: nn.Module) -> bool:
-    branch, start = _behind(parent, branch), _behind(parent, other)
-    if getattr(branch, "op", "") != "call_module":
+_Find = Callable[[Any], list[nn.Module]]
+
+
+def _is_skip(find: _Find, branch: Any, other: Any, layer: nn.Module) -> bool:
+    branch, start = _behind(find, branch), _behind(find, other)
+    if getattr(branch, "op", "") != "call_module" or find(branch) != [layer]:
         return False
-    parts = [m for m in _parts(parent.get_submodule(branch.target)) if not _does_nothing(m)]
-    return parts == [layer] and _behind(parent, branch.args[0]) is start
+    return _behind(find, branch.args[0]) is start
 
 
-def _behind(parent: nn.Module, node: Any) -> Any:
+def _behind(find: _Find, node: Any) -> Any:
     """Go back from ``node`` through modules that do nothing."""
-    while getattr(node, "op", "") == "call_module" and len(node.args) == 1:
-        if not all(map(_does_nothing, _parts(parent.get_submodule(node.target)))):
-            break
+    while getattr(node, "op", "") == "call_module" and len(node.args) == 1 and not find(node):
         node = node.args[0]
     return node
 

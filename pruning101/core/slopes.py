@@ -30,7 +30,7 @@ class Slope(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Return the activation of ``z``, elementwise."""
-        return F.prelu(z, self.slope.to(z.dtype))
+        return F.prelu(z, self.slope.to(z.dtype).reshape(1))
 
     def extra_repr(self) -> str:
         """Show the slope."""
