@@ -139,6 +139,7 @@ def distribution(state: State, layer: str, epoch: int, *, ax: Axes) -> None:
 
 
 def units(on: np.ndarray, *, ax: Axes) -> None:
+    """Draw each unit, ON for this share, on the curve of entropy, with both means."""
     ax.plot(_GRID, entropies(_GRID), color="#999999", linewidth=1)
     ax.plot(on, entropies(on), "o", color=plots.PALETTE[0], alpha=0.6, label="a unit")
     mean = float(entropies(on).mean())

@@ -13,6 +13,7 @@ MUTATIONS = {
         (".mean().item()", ".mean()"),
         (".mean().item()", ".sum().item()"),
         ("on / (on + off).clamp(min=1)", "on.sum() / (on + off).sum().clamp(min=1)"),
+        ("for z in batches:", "for z in list(batches):"),
         ("for z in batches:", "for z in list(batches)[:1]:"),
         (
             "(nats / np.log(2)).mean()",
