@@ -243,8 +243,16 @@ def test_products_some_at_a_time_are_the_same(monkeypatch):
         assert apart(p, q) < TOLERANCE, name
 
 
-def test_inputs_smaller_than_every_kernel():
-    first, second = conv(2, 3, 3, padding=2), conv(3, 2, 5, padding=4, stride=2, seed=5)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(kernel_size=5, padding=4, stride=2),
+        dict(kernel_size=5, padding=6, dilation=3),  # fewer outputs than hang over at one end
+        dict(kernel_size=5, padding=6, dilation=3, stride=2),
+    ],
+)
+def test_inputs_smaller_than_every_kernel(arguments):
+    first, second = conv(2, 3, 5, padding=2), conv(3, 2, **arguments, seed=5)
     merged = merge(first, second)
     for height in range(1, 6):
         for width in range(1, 6):
@@ -371,6 +379,25 @@ def test_other_precisions(bordered, dtype, tolerance):
     out = merged(x.to(dtype))
     assert out.dtype == dtype
     assert apart(out.double(), expected) < tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once(dtype):
+    pairs = [
+        (conv(40, 30, 3, padding=1), conv(30, 8, 3, padding=1, seed=5)),
+        (norm(nn.BatchNorm2d, 30), conv(30, 8, 3, padding=1, seed=5)),
+        (conv(40, 30, 3, padding=1), norm(nn.BatchNorm2d, 30)),
+        (nn.Linear(40, 30, dtype=torch.float64), nn.Linear(30, 8, dtype=torch.float64)),
+        (norm(nn.BatchNorm1d, 30), nn.Linear(30, 8, dtype=torch.float64)),
+    ]
+    for pair in pairs:
+        half = [layer.to(dtype) for layer in pair]
+        rounded = merge(*half)
+        exact = merge(*(copy.deepcopy(layer).double() for layer in half))
+        for (name, p), q in zip(exact.named_parameters(), rounded.parameters(), strict=True):
+            assert q.dtype == dtype
+            error = (q.double() - p).abs()
+            assert (error <= 0.51 * torch.finfo(dtype).eps * p.abs() + 1e-5).all(), name
 
 
 def test_under_autocast(bordered):

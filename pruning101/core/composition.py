@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_HALF = (torch.float16, torch.bfloat16)
 _PRODUCTS = 2**21  # numbers kept at a time
 
 
@@ -143,10 +142,11 @@ SIDES = {
 
 @dataclass(frozen=True)
 class Composition:
-    """Two convolutions that compose."""
+    """Two convolutions that compose; the tensors of both, merged, come in ``dtype``."""
 
     one: Convolution
     two: Convolution
+    dtype: torch.dtype
 
     @property
     def axes(self) -> tuple[Axis, Axis]:
@@ -206,6 +206,7 @@ class Composition:
                 h1 * right.shape[-1],
                 rows.size(side),
                 columns.size(other),
+                dtype=self.dtype,
             )
             for name, (side, other) in wanted.items()
         }
@@ -236,7 +237,7 @@ class Composition:
         """
         g = self.groups
         h1, h2 = self.one.groups // g, self.two.groups // g
-        w1, w2 = (w.float() if w.dtype in _HALF else w for w in (self.one.weight, self.two.weight))
+        w1, w2 = self.one.weight, self.two.weight
         if h1 > 1 and h2 > 1:
             split = w1.unflatten(0, (g, h1, -1))  # [g, h1, M', I', a, b]
             wide = split.new_zeros(*split.shape[:3], h1, *split.shape[3:])
@@ -256,9 +257,9 @@ class Composition:
     def bias(self) -> Tensor | None:
         """The merged bias, [O]."""
         if self.one.bias is None:
-            return None if self.two.bias is None else self.two.bias.clone()
+            return None if self.two.bias is None else self.two.bias.to(self.dtype, copy=True)
         through = self.through().sum((1, 2))
-        return through if self.two.bias is None else through + self.two.bias
+        return (through if self.two.bias is None else through + self.two.bias).to(self.dtype)
 
     def shifts(self) -> dict[str, Tensor]:
         """What the missing taps made of the first layer's bias: [O, overhangs, overhangs] each."""
@@ -274,7 +275,7 @@ class Composition:
             if len(rows) and len(columns):
                 rows, columns = rows.to(through), columns.to(through)
                 shift = torch.einsum("ouv,tu,sv->ots", through, rows, columns)
-                found[f"{name}_bias"] = -shift if "all" in sides else shift
+                found[f"{name}_bias"] = (-shift if "all" in sides else shift).to(self.dtype)
         return found
 
 

@@ -110,10 +110,10 @@ def merge_norm(layer: _Layer, norm: nn.Module) -> _Layer:
     trains = _trains(layer, norm)
     for name, parameter in list(merged.named_parameters(recurse=False)):
         if name != "bias":
-            value = parameter.detach() * scale.view(-1, *[1] * (parameter.ndim - 1))
-            setattr(merged, name, nn.Parameter(value, trains))
-    bias = shift if merged.bias is None else torch.addcmul(shift, scale, merged.bias.detach())
-    merged.bias = nn.Parameter(bias, trains)
+            value = _wide(parameter) * scale.view(-1, *[1] * (parameter.ndim - 1))
+            setattr(merged, name, nn.Parameter(value.to(parameter.dtype), trains))
+    bias = shift if merged.bias is None else torch.addcmul(shift, scale, _wide(merged.bias))
+    merged.bias = nn.Parameter(bias.to(merged.weight.dtype), trains)
     return merged
 
 
@@ -185,11 +185,12 @@ def _give_centre(layer: Any, axis: int) -> None:
 
 def _merge_linear(first: Any, second: nn.Linear) -> nn.Linear:
     weight, bias = _check_linear(first, second)
+    after = _wide(second.weight)
     # A norm has one factor for each feature: a diagonal.
-    product = second.weight * weight if weight.ndim == 1 else second.weight @ weight
+    product = (after * weight if weight.ndim == 1 else after @ weight).to(second.weight.dtype)
     if bias is not None:
-        bias = second.weight @ bias
-        bias = bias if second.bias is None else bias + second.bias
+        bias = after @ bias if second.bias is None else after @ bias + _wide(second.bias)
+        bias = bias.to(second.weight.dtype)
     elif second.bias is not None:
         bias = second.bias.clone()
     merged = nn.Linear(product.shape[1], product.shape[0], bias=False, device="meta")
@@ -215,7 +216,17 @@ def _trains(*layers: nn.Module) -> bool:
 def _composition(first: nn.Module, second: nn.Module) -> Composition:
     one, two = _convolution(first), _convolution(second)
     _check_fit(first, second, one.weight.shape[0], two.weight.shape[1] * two.groups)
-    return Composition(one, two)
+    return Composition(one, two, _dtype(second))
+
+
+def _dtype(layer: nn.Module) -> torch.dtype:
+    return next(t for t in (*layer.parameters(), *layer.buffers())).dtype
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In single precision at least: sums of half precision would lose what there is of it."""
+    half = tensor.dtype in (torch.float16, torch.bfloat16)
+    return tensor.detach().float() if half else tensor.detach()
 
 
 def _convolution(layer: Any) -> Convolution:
@@ -240,9 +251,9 @@ def _convolution(layer: Any) -> Convolution:
             f"A convolution with padding_mode={layer.padding_mode!r} does not merge; only one that "
             "pads with zeros does."
         )
-    bias = None if layer.bias is None else _unless_zero(layer.bias.detach())
+    bias = None if layer.bias is None else _unless_zero(_wide(layer.bias))
     return Convolution(
-        layer.weight.detach(), bias, layer.stride, _padding(layer), layer.dilation, layer.groups
+        _wide(layer.weight), bias, layer.stride, _padding(layer), layer.dilation, layer.groups
     )
 
 
@@ -276,7 +287,7 @@ def _check_linear(first: Any, second: Any) -> tuple[Tensor, Tensor | None]:
     bias: Tensor | None
     if isinstance(first, nn.Linear):
         _check_own(first)
-        weight, bias = first.weight, first.bias
+        weight, bias = _wide(first.weight), None if first.bias is None else _wide(first.bias)
     else:
         weight, bias = _scale_and_shift(first)
     _check_fit(first, second, weight.shape[0], second.in_features)
@@ -314,11 +325,11 @@ def _scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
         raise ValueError(
             "This BatchNorm is in training mode, where it follows each batch; call eval() first."
         )
-    scale = torch.rsqrt(norm.running_var + norm.eps)
+    scale = torch.rsqrt(_wide(norm.running_var) + norm.eps)
     if norm.weight is not None:
-        scale = norm.weight.detach() * scale
-    shift = -norm.running_mean * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.detach()
+        scale = _wide(norm.weight) * scale
+    shift = -_wide(norm.running_mean) * scale
+    return scale, shift if norm.bias is None else shift + _wide(norm.bias)
 
 
 def _check_there(layer: nn.Module) -> None:
