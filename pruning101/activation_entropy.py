@@ -351,7 +351,7 @@ def _by_budget(
         numbers = weight_budgets(importance, alive, rate * sum(alive.values()), rounding=rounding)
         _mask_smallest(work, numbers)
         going = [acting[layer] for layer, n in numbers.items() if n == alive[layer]]
-        if rounding == "exact":
+        if rounding == "exact":  # NEPENTHE lets a layer go that never switches, full as it is
             going += [name for name, entropy in entropies.items() if entropy == 0]
         if not going and not any(numbers.values()):
             return None

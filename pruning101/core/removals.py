@@ -186,8 +186,7 @@ def remove_in_rounds(
             start = time.perf_counter()
             index = len(history) + 1
             left = [name for name in names if _acts_in(work, name)]
-            on_device = example.to(runs.device_of(work))
-            choice = choose(work, left, on_device) if left else None
+            choice = choose(work, left, example.to(runs.device_of(work))) if left else None
             if choice is None:
                 return
             if epochs:
@@ -197,7 +196,8 @@ def remove_in_rounds(
             step = measured(index, choice.removed, work, data, seconds=seconds)
             if tolerance is not None and before - step.accuracy > tolerance + 1e-9:
                 return
-            smaller = _folded(work, on_device, fold)
+            # training may have moved the network to an accelerator
+            smaller = _folded(work, example.to(runs.device_of(work)), fold)
             removal = Removal(
                 **vars(step) | {"footprint": footprint(smaller, example[:1])},
                 entropies=choice.entropies,
