@@ -293,6 +293,26 @@ def test_a_skip_around_more_than_a_layer_stays():
     assert rows["", ""] == "kept: '0.act' (ReLU) stays"
 
 
+def test_what_is_read_transposed_or_gated_stays():
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.b(self.a(x).transpose(1, 2))
+            return self.c(y * x.tanh())
+
+    model, x = randomised(Turned()), example(2, 4, 4)
+    report = fold(model, x)
+    check(model, x, report)
+    assert by_layers(report) == {
+        ("a", "b"): "kept: its output is read in another arrangement",
+        ("b", ""): "kept: 'mul' joins it with something else",
+        ("c", ""): "kept: it gives the network's output",
+    }
+
+
 def test_a_sum_of_two_branches_stays_in_a_forward_with_functions():
     class Branches(nn.Module):
         def __init__(self) -> None:
@@ -352,6 +372,7 @@ def test_dropout_between_goes_with_the_pair():
     ("between", "reason"),
     [
         (nn.ReLU(), "'1' (ReLU) stays"),
+        (nn.ReLU(inplace=True), "'1' (ReLU) stays"),
         (nn.MaxPool2d(2), "'1' (MaxPool2d) stands between"),
         (nn.AvgPool2d(2), "'1' (AvgPool2d) stands between, linear but not merged here"),
         (nn.GroupNorm(2, 4), "'1' (GroupNorm) stands between"),

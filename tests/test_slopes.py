@@ -94,6 +94,7 @@ def test_functions_methods_and_dropout_become_modules_and_the_function_stays():
     assert list(model.state_dict()) == keys
     assert model.note == "kept"
     assert model.dropout.p == 0.25
+    assert not model.dropout.training  # as the model was
     model.train()
     with torch.random.fork_rng():
         torch.manual_seed(0)
