@@ -17,7 +17,8 @@ network trains on with the penalty |1 - slope^2| until several slopes are near 1
   central 3x3, with the right bias;
 - `cropped_overcounted`: both, as published;
 - `fitted`: `distil` without training: 3x3 kernels again, fitted block after block to what the two
-  layers gave; `fitted_trained` is that after further epochs with the network before as teacher.
+  layers gave; `fitted_trained` is that after a further epoch with the network before as teacher,
+  and `default_trained` the control: `default` after the same.
 
 Decisions are made on `valid`, `test` is only reported. Strength and rate were chosen on `valid` of
 seed 100, with fewer images and epochs (`tuned_on`). Nothing trains after the merge but
@@ -32,7 +33,7 @@ Structure of `results/cropped_kernel.json`::
                     macs, depth, difference (largest |logit - logit of `rounded`| on 256 images of
                     valid), share_changed (of test predictions, against `rounded`)
                     variants: trained, rounded, default, exact, interior, overcounted_bias,
-                    cropped, cropped_overcounted, fitted, fitted_trained
+                    cropped, cropped_overcounted, fitted, fitted_trained, default_trained
       .pairs[]      what the report of `exact` says of each pair
       .latency      {batch: {variant: {median_ms, cpu_ms, times_default}}}, one thread, in turns;
                     times_default: processor time over that of `default` (norms merged, no pair)
@@ -118,6 +119,7 @@ def main() -> None:
     if options.smoke:
         data = load("digits", image_size=16, channels=3).subset(**SMOKE["images"])
         print(json.dumps(one_seed(0, data, SMOKE, None), indent=1))
+        print(json.dumps(control(0, data, SMOKE, None), indent=1))
         return
     options.folder.mkdir(parents=True, exist_ok=True)
     data = load("cifar10", options.root).subset(**RECIPE["images"])
@@ -125,41 +127,62 @@ def main() -> None:
         done = options.folder / f"{seed}.json"
         if not done.exists():
             done.write_text(json.dumps(one_seed(seed, data, RECIPE, options.folder)))
+        done = options.folder / f"{seed}-control.json"
+        if not done.exists():
+            done.write_text(json.dumps(control(seed, data, RECIPE, options.folder)))
         write(options.out.resolve(), collect(options.folder))
 
 
-def one_seed(seed: int, data: Dataset, recipe: dict[str, Any], folder: Path | None) -> Any:
-    """Train, linearise, merge in every way and measure; trainings resume from ``folder``."""
-    start = time.perf_counter()
+def train(
+    model: nn.Module,
+    data: Dataset,
+    recipe: dict[str, Any],
+    part: str,
+    checkpoint: Path | None,
+    seed: int,
+    **others: Any,
+) -> None:
+    """Train as a part of the recipe says; convolutions run faster with the channels last."""
+    model.to(memory_format=torch.channels_last)
+    settings = recipe["training"] | recipe[part]
+    fit(model, data, seed=seed, checkpoint=checkpoint, **settings, **others)
 
-    def train(model: nn.Module, part: str, name: str, run_seed: int, **others: Any) -> None:
-        checkpoint = folder and folder / f"{seed}-{name}.pt"
-        settings = recipe["training"] | recipe[part]
-        fit(model, data, seed=run_seed, checkpoint=checkpoint, **settings, **others)
 
+def networks(
+    seed: int, data: Dataset, recipe: dict[str, Any], folder: Path | None
+) -> tuple[nn.Module, nn.Module]:
+    """The network without slopes, and the one trained on with them."""
     base = models.build("resnet20", seed=seed)
-    # the layout of the weights in memory, no other numbers: convolutions run faster so
-    base.to(memory_format=torch.channels_last)
-    train(base, "base", "base", seed)
+    train(base, data, recipe, "base", folder and folder / f"{seed}-base.pt", seed)
     trained = make_foldable(base, start=recipe["start"], layers=first_activations(base))
     train(
         trained,
+        data,
+        recipe,
         "penalised",
-        "penalised",
+        folder and folder / f"{seed}-penalised.pt",
         1000 + seed,
         penalty=partial(slope_penalty, strength=recipe["strength"]),
         after_step=clamp_slopes,
     )
     for model in (base, trained):
         model.to(memory_format=torch.contiguous_format).eval()
+    return base, trained
+
+
+def one_seed(seed: int, data: Dataset, recipe: dict[str, Any], folder: Path | None) -> Any:
+    """Train, linearise, merge in every way and measure; trainings resume from ``folder``."""
+    start = time.perf_counter()
+    base, trained = networks(seed, data, recipe, folder)
     example = next(iter(data.batches("valid", 256)))[0]
     found, reports = variants(trained, example, recipe["threshold"])
     fitted = masks.clone(found["rounded"])
     for block in linear_blocks(trained, recipe["threshold"]):
         names = f"{block}.conv1", f"{block}.conv2"
         fitted = distil(fitted, *names, data, kernel_size=3, epochs=0).model
-    again = masks.clone(fitted).to(memory_format=torch.channels_last)
-    train(again, "fitted", "fitted", 2000 + seed, teacher=found["rounded"])
+    again = masks.clone(fitted)
+    checkpoint = folder and folder / f"{seed}-fitted.pt"
+    train(again, data, recipe, "fitted", checkpoint, 2000 + seed, teacher=found["rounded"])
     for name, model in (("fitted", fitted), ("fitted_trained", again)):
         model.to(memory_format=torch.contiguous_format).eval()
         found[name] = fold(model, example).model.eval()
@@ -181,6 +204,19 @@ def one_seed(seed: int, data: Dataset, recipe: dict[str, Any], folder: Path | No
     }
 
 
+def control(seed: int, data: Dataset, recipe: dict[str, Any], folder: Path | None) -> Any:
+    """The row of the network trained on as `fitted_trained` is, with nothing merged."""
+    _, trained = networks(seed, data, recipe, folder)
+    rounded = linearised(trained, recipe["threshold"])
+    again = masks.clone(rounded)
+    checkpoint = folder and folder / f"{seed}-control.pt"
+    train(again, data, recipe, "fitted", checkpoint, 2000 + seed, teacher=rounded)
+    again.to(memory_format=torch.contiguous_format).eval()
+    example = next(iter(data.batches("valid", 256)))[0]
+    model = fold(again, example).model.eval()
+    return row("default_trained", model, rounded.eval(), data, 0, example)
+
+
 # --- the ways to merge ----------------------------------------------------------------------------
 
 
@@ -195,14 +231,20 @@ def linear_blocks(model: nn.Module, threshold: float) -> list[str]:
     return [name.rpartition(".")[0] for name in near]
 
 
+def linearised(trained: nn.Module, threshold: float) -> nn.Module:
+    """A copy without the activations that count as linear."""
+    model = masks.clone(trained)
+    for name in linear_blocks(trained, threshold):
+        setattr(model.get_submodule(name), "relu1", nn.Identity())  # noqa: B010
+    return model
+
+
 def variants(
     trained: nn.Module, example: Tensor, threshold: float
 ) -> tuple[dict[str, nn.Module], dict[str, Any]]:
     """Every variant as a network, and the reports of those that the library made."""
     blocks = linear_blocks(trained, threshold)
-    rounded = masks.clone(trained)
-    for name in blocks:
-        setattr(rounded.get_submodule(name), "relu1", nn.Identity())  # noqa: B010
+    rounded = linearised(trained, threshold)
     reports = {
         "default": fold(rounded, example, threshold=threshold),
         "exact": fold(rounded, example, threshold=threshold, border="exact", force=True),
@@ -302,6 +344,10 @@ def collect(folder: Path) -> dict[str, Any]:
     """All seeds that are done."""
     seeds = [json.loads(p.read_text()) for p in folder.glob("*.json") if p.stem.isdigit()]
     seeds = sorted((s for s in seeds if s["seed"] < 100), key=lambda s: s["seed"])
+    for seed in seeds:
+        path = folder / f"{seed['seed']}-control.json"
+        if path.exists():
+            seed["rows"].append(json.loads(path.read_text()))
     numbers = " ".join(str(s["seed"]) for s in seeds)
     command = f"python benchmarks/cropped_kernel.py --seeds {numbers}"
     return {
