@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pruning101.core import masks, runs, structure
 from pruning101.core.data import Dataset
 from pruning101.core.fitted import Features, cropped, features, least_squares, relative_error
-from pruning101.core.folding import Folding, check_foldable, compare, macs
+from pruning101.core.folding import Folding, check_foldable, compare
 from pruning101.core.folding import Pair as Pair
 from pruning101.core.merging import Border
 from pruning101.core.merging import border_width as border_width  # these are this topic's, too
@@ -31,7 +31,7 @@ from pruning101.core.slopes import RECTIFIERS
 from pruning101.core.slopes import Slope as Slope
 from pruning101.core.slopes import separate_activations as separate_activations
 from pruning101.core.steps import History, Step, measured
-from pruning101.core.stretches import NORMS, put, rejoin_norms, split_norms, stretches
+from pruning101.core.stretches import NORMS, macs, put, rejoin_norms, split_norms, stretches
 from pruning101.core.surgery import all_or_nothing
 from pruning101.core.tracing import Example, model_inputs
 from pruning101.core.training import evaluate, fit

@@ -281,6 +281,24 @@ def test_an_identity_skip_goes_into_the_kernel(adds, act):
     assert "add" not in code
 
 
+def test_what_follows_a_skip_merges_in_a_second_round_and_is_compared_from_its_start():
+    skip = Residual(nn.Linear(4, 4), nn.Identity())
+    layers = [nn.ReLU(), nn.BatchNorm1d(4), nn.Linear(4, 4), skip, nn.Linear(4, 4), Slope(0.95)]
+    model, x = randomised(nn.Sequential(*layers, nn.Linear(4, 4))), example(9, 4)
+    report = fold(model, x)
+    rows = [(p.first, p.second, p.exact) for p in report.pairs if p.action == "merged"]
+    # the skip, and 4 with 6, where a slope is rounded; then what those made possible
+    assert set(rows) == {("3.layer", "", True), ("4", "6", False), ("2", "3.layer", True),
+                         ("3.layer", "4", False)}  # fmt: skip
+    assert report.norms["1"] == "merged into '2'"
+    assert footprint(report.model, x).depth == 1
+    exact = [p.difference for p in report.merged if p.exact]
+    assert exact == pytest.approx([0])
+    lost = max(p.difference for p in report.merged)
+    assert lost > 1e-3
+    assert report.difference == pytest.approx(lost)
+
+
 def test_a_skip_around_more_than_a_layer_stays():
     model = randomised(
         nn.Sequential(
@@ -347,6 +365,7 @@ def test_norms_merge_into_the_layer_before_or_behind(norms):
     else:  # only the one within the pair that merges
         assert kinds[1] == kinds[3] == "BatchNorm2d"
     assert kinds[5] == "Identity"
+    assert report.norms["5"] == "merged into '4'"
     assert kinds[8] == "BatchNorm2d"
     assert len(report.merged) == 1
 

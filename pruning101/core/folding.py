@@ -3,7 +3,6 @@
 The work behind ``layer_folding.fold``.
 """
 
-import copy
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -19,7 +18,7 @@ from pruning101.core.merging import (
     merge_norm,
 )
 from pruning101.core.skips import absorb_skip
-from pruning101.core.stretches import NORMS, Between, Stretch, put
+from pruning101.core.stretches import NORMS, Between, Stretch, macs, put, shadow
 from pruning101.core.tracing import Example, model_inputs, tensors_in, undisturbed
 
 
@@ -77,7 +76,7 @@ class Row:
     layer: nn.Module | None = None
     start: str = ""
     end: str = ""
-    skip: bool = False
+    plus: tuple[str, ...] = ()  # their inputs are added to what ``end`` gives
 
 
 class Folding:
@@ -94,6 +93,8 @@ class Folding:
         self.linear: dict[str, float] = {}
         self.host: dict[str, str] = {}  # the layer that a layer was merged into
         self.start: dict[str, str] = {}  # the norm that was merged into the layer behind it
+        # The original module that gives what a layer gives now, and whose inputs are added to that.
+        self.end: dict[str, tuple[str, tuple[str, ...]]] = {}
         self.shape: dict[str, tuple[int, ...]] = {}
         self.order: dict[str, int] = {}
         self.gone: set[str] = set()  # what stood within an earlier merge
@@ -209,6 +210,7 @@ class Folding:
         if norms:
             put(self.model, first, layer)
             self.take_away(norms, layer.training, inside=False)
+            self.end[first] = (norms[-1], ())
         self.norms |= dict.fromkeys(norms, f"merged into {first!r}")
 
     def norm_before(self, stretch: Stretch) -> None:
@@ -271,8 +273,8 @@ class Folding:
         put(self.model, first, merged.train(one.training))
         self.take_away([*(b.name for b in stretch.between), second], two.training)
         self.host[second] = first
-        start = self.start.get(first, first)
-        self.merged.append(Row(self.place(stretch), pair, merged, start, second))
+        self.end[first] = self.end.get(second, (second, ()))
+        self.note(first, stretch, pair, merged)
 
     def note_skip(self, first: str, stretch: Stretch) -> None:
         """Note that the sum behind the layer ``first`` is gone."""
@@ -282,10 +284,16 @@ class Folding:
         fields = {"exact": first not in self.inexact, "macs_before": cost, "macs_after": cost}
         pair = self.pair(stretch, "merged", why, **fields)
         self.take_away([b.name for b in stretch.between], layer.training)
-        end = stretch.between[-1].name if stretch.between else stretch.first
-        self.merged.append(
-            Row(self.place(stretch), pair, layer, self.start.get(first, first), end, skip=True)
-        )
+        end, plus = self.end.get(first, (first, ()))
+        if stretch.between:
+            end, plus = stretch.between[-1].name, ()
+        self.end[first] = end, (*plus, self.start.get(first, first))
+        self.note(first, stretch, pair, layer)
+
+    def note(self, first: str, stretch: Stretch, pair: Pair, layer: nn.Module) -> None:
+        """Note a merge, with the layer as it is now and what it has to equal."""
+        start = self.start.get(first, first)
+        self.merged.append(Row(self.place(stretch), pair, layer, start, *self.end[first]))
 
     def take_away(self, names: list[str], training: bool, *, inside: bool = True) -> None:
         """Put Identity in the place of modules that a merge has taken in."""
@@ -313,9 +321,13 @@ def compare(
 
     def before(i: int, row: Row) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
-            waiting[i] = cast(nn.Module, row.layer)(args[0])
-            if row.skip:
-                waiting[i] = waiting[i] - args[0]
+            waiting[i] = cast(nn.Module, row.layer)(args[0]) + waiting.get(i, 0)
+
+        return hook
+
+    def minus(i: int) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            waiting[i] = waiting.get(i, 0) - args[0]
 
         return hook
 
@@ -325,12 +337,14 @@ def compare(
 
         return hook
 
+    def at(name: str) -> nn.Module:
+        return modules[name if name in modules else name.removesuffix(".norm")]
+
     for i, row in enumerate(rows):
         if row.layer is not None:
-            start = modules.get(row.start) or modules[row.start.removesuffix(".norm")]
-            end = modules.get(row.end) or modules[row.end.removesuffix(".norm")]
-            handles.append(start.register_forward_pre_hook(before(i, row)))
-            handles.append(end.register_forward_hook(after(i)))
+            handles.append(at(row.start).register_forward_pre_hook(before(i, row)))
+            handles.extend(at(name).register_forward_pre_hook(minus(i)) for name in row.plus)
+            handles.append(at(row.end).register_forward_hook(after(i)))
     try:
         with undisturbed(original), torch.no_grad():
             expected = tensors_in(original(*model_inputs(original, example)))
@@ -359,33 +373,3 @@ def _short(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return str(count)
-
-
-# --- what it costs -----------------------------------------------------------------------------
-
-
-def macs(layer: nn.Module, shape: tuple[int, ...]) -> int:
-    """Return the multiply-adds of ``layer`` for one input, on a batch of this ``shape``."""
-    from torch.utils.flop_counter import FlopCounterMode  # imports triton, a third of torch itself
-
-    dtype = next(layer.parameters()).dtype
-    with torch.no_grad(), FlopCounterMode(display=False) as flops:
-        shadow(layer)(torch.empty(shape, dtype=dtype, device="meta"))
-    return round(flops.get_total_flops() / 2 / shape[0])
-
-
-def shadow(layer: nn.Module) -> nn.Module:
-    """Return a copy of ``layer`` without numbers, on the meta device; a bias of zeros is left out.
-
-    Merging two of them costs nothing and shows what the merged layer would cost.
-    """
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
-        for p in layer.parameters()
-    }
-    memo |= {id(b): torch.empty_like(b, device="meta") for b in layer.buffers()}
-    copied = copy.deepcopy(layer, memo)
-    bias = layer._parameters.get("bias")
-    if isinstance(layer, nn.Conv2d) and bias is not None and not bias.is_meta and not bias.any():
-        copied.register_parameter("bias", None)
-    return copied

@@ -1,5 +1,6 @@
 """What stands between one layer with weights and the next, found by running the network."""
 
+import copy
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -160,6 +161,33 @@ def hands_on(module: nn.Module, shape: tuple[int, ...]) -> bool:
             return False
     same = isinstance(result, Tensor) and result.data_ptr() == given.data_ptr()
     return same and result.shape == given.shape and torch.equal(result, before)
+
+
+def macs(layer: nn.Module, shape: tuple[int, ...]) -> int:
+    """Return the multiply-adds of ``layer`` for one input, on a batch of this ``shape``."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton, a third of torch itself
+
+    dtype = next(layer.parameters()).dtype
+    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+        shadow(layer)(torch.empty(shape, dtype=dtype, device="meta"))
+    return round(flops.get_total_flops() / 2 / shape[0])
+
+
+def shadow(layer: nn.Module) -> nn.Module:
+    """Return a copy of ``layer`` without numbers, on the meta device; a bias of zeros is left out.
+
+    Merging two of them costs nothing and shows what the merged layer would cost.
+    """
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+        for p in layer.parameters()
+    }
+    memo |= {id(b): torch.empty_like(b, device="meta") for b in layer.buffers()}
+    copied = copy.deepcopy(layer, memo)
+    bias = layer._parameters.get("bias")
+    if isinstance(layer, nn.Conv2d) and bias is not None and not bias.is_meta and not bias.any():
+        copied.register_parameter("bias", None)
+    return copied
 
 
 # --- norms that carry an activation -----------------------------------------------------------
