@@ -14,7 +14,7 @@
 # %% [markdown]
 # # Layer folding
 #
-# reading: 35 minutes · compute: about 3.5 minutes ·
+# reading: 35 minutes · compute: about 1 minute ·
 # before: lesson 3 (footprint, comparing at equal budget); lesson 5 helps ·
 # paper: Dror et al. 2022
 #

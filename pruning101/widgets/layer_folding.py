@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import ipywidgets
 import numpy as np
@@ -101,7 +102,7 @@ def _layer(weight: Tensor, stride: int, padding: int) -> nn.Conv2d:
 
 
 def _merged(first: nn.Conv2d, second: nn.Conv2d, images: Tensor) -> Merged:
-    single = merge(first, second, border="interior")
+    single = cast(nn.Conv2d, merge(first, second, border="interior"))
     with torch.no_grad():
         pair = second(first(images))
         change = (single(images) - pair).abs().mean((0, 1)) / pair.std()
