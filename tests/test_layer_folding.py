@@ -299,6 +299,14 @@ def test_what_follows_a_skip_merges_in_a_second_round_and_is_compared_from_its_s
     assert report.difference == pytest.approx(lost)
 
 
+def test_a_pair_of_a_second_round_is_compared_behind_the_norm_that_it_took_in():
+    skip = Residual(nn.Linear(4, 4), nn.Identity())
+    model = randomised(nn.Sequential(skip, nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU()))
+    report = fold(model, example(9, 4))
+    assert [(p.first, p.second) for p in report.merged] == [("0.layer", "1")]
+    check(model, example(9, 4), report)
+
+
 def test_a_skip_around_more_than_a_layer_stays():
     model = randomised(
         nn.Sequential(

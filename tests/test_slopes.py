@@ -87,6 +87,7 @@ def test_functions_methods_and_dropout_become_modules_and_the_function_stays():
     model, x = Functions(), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     expected, keys = outputs(model, x), list(model.state_dict())
     assert separate_activations(model) is model
+    assert not model.dropout.training  # as the model was
     kinds = [type(m).__name__ for m in structure.activations(model).values()]
     assert kinds == ["LeakyReLU", "ReLU", "Tanh", "GELU"]
     assert structure.activations(model)["leaky_relu"].negative_slope == 0.2
@@ -94,7 +95,6 @@ def test_functions_methods_and_dropout_become_modules_and_the_function_stays():
     assert list(model.state_dict()) == keys
     assert model.note == "kept"
     assert model.dropout.p == 0.25
-    assert not model.dropout.training  # as the model was
     model.train()
     with torch.random.fork_rng():
         torch.manual_seed(0)
