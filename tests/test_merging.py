@@ -581,6 +581,11 @@ def test_device_and_what_trains_carry_over():
         layer.requires_grad_(False)
     for border in ("exact", "interior"):
         assert not any(p.requires_grad for p in merge(first, second, border=border).parameters())
+    for training in (True, False):
+        second.train(training)
+        assert [merge(first, second, border=b).training for b in ("exact", "interior")] == (
+            [training] * 2
+        )
     second.bias.requires_grad_(True)
     assert all(p.requires_grad for p in merge(first, second).parameters())
 
