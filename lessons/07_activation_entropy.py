@@ -592,9 +592,9 @@ for name in one_a_round[:2]:
 # chance, as promised. In between, what a method chose shows late: not every
 # activation can carry the network alone, and the lot sometimes leaves one
 # that cannot. The dotted network lost nothing and only trained on, for as
-# long as the whole run. **Right.** After the small step for `relu4`, removals buy
-# nothing at all until `relu2` goes, and its entropy says to keep it. The
-# lot, which knows nothing, takes it sooner.
+# long as the whole run. **Right.** After the small step for `relu4`,
+# removals buy nothing at all until `relu2` goes, and its entropy says to
+# keep it. The lot, which knows nothing, takes it sooner.
 #
 # ## Experiment 5: stop in time, and add up
 #
@@ -810,7 +810,8 @@ for split, key in {"test": "test_accuracy", "valid": "accuracy"}.items():
     ]
     told = np.mean([step.test_accuracy for step in picked])
     print(
-        f"4. by lot, best of the last four rounds on {split}: {told:.1%} on test"
+        f"4. by lot, best of the last four rounds on {split}: "
+        f"{told:.1%} on test"
     )
 end = runs["what merges"][0][-1].model
 for name, model in {
