@@ -6,12 +6,14 @@
 
 A network is trained (`base`), and its last 1, 2... pairs of linear layers are to become one layer
 each. Every way gets the same further epochs with the same objective, half cross-entropy and half
-the answers of `base`, and ends in the same architecture but for `plain`:
+the answers of `base`, and ends in the same architecture, but for `plain` and for pairs whose slope
+stays outside the tolerance:
 
 - `plain`: trained on with nothing collapsed;
 - `cut`: `plain`, its last activations then taken to be linear and the layers collapsed: what
   collapsing costs where nothing was regularised;
 - `regularised`: trained on with the penalty on the slopes, then collapsed (LayerCollapse);
+  `regularised_all`, where some slope stayed outside the tolerance: all collapsed nevertheless;
 - `collapsed_first`: `base` collapsed at once, then trained on: no penalty, no slopes;
 - `distilled`: the collapsed architecture from new weights, with `base` as its teacher, for as many
   epochs as `base` and the further ones together;
@@ -78,7 +80,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "further": {"epochs": 3, "lr": 0.02},
         "strength": 0.2,
         "tolerance": 0.05,
-        "last": [1, 2],
+        "last": [2],
         "training": TRAINING
         | {"batch_size": 64, "precision": "bfloat16", "augment": True, "weight_decay": 5e-4},
     },
@@ -223,7 +225,10 @@ def one_seed(seed: int, data: Dataset, setting: dict[str, Any], folder: Path | N
         within = sum(abs(1 - slope) < setting["tolerance"] for slope in slopes)
         more = {"slopes": slopes, "collapsed": within, "all_collapsed": within == last, **scores}
         rows.append(row("regularised", last, result.model, total, **more))
-        networks[f"last_{last}"] = result.model
+        if within < last:
+            regularised = collapsed(regularised, last, example)
+            rows.append(row("regularised_all", last, regularised, total))
+        networks[f"last_{last}"] = cut
 
         first = collapsed(base, last, example)
         train(first, f"collapsed_first-{last}", 1, setting["further"], **further)
