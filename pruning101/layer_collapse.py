@@ -21,11 +21,12 @@ from pruning101.core.collapsed_counts import collapsed_counts as collapsed_count
 from pruning101.core.collapsing import CollapsedPair as CollapsedPair
 from pruning101.core.collapsing import CollapseReport as CollapseReport
 from pruning101.core.collapsing import collapse as collapse
-from pruning101.core.collapsing import nonlinear_norm, obstacle, put, slope_of, slopes, widths
+from pruning101.core.collapsing import nonlinear_norm, obstacle, slope_of, slopes, widths
 from pruning101.core.data import Dataset
 from pruning101.core.linear_pairs import LinearPair, as_linear, linear_pairs, weight_of
 from pruning101.core.slopes import Slope, separate_activations
 from pruning101.core.steps import History, Step, measured
+from pruning101.core.stretches import put
 from pruning101.core.tracing import Example
 from pruning101.core.training import evaluate, fit
 
@@ -255,7 +256,8 @@ class AdamLC(torch.optim.AdamW):
                 {"params": [p for p in given if id(p) not in own]},
                 {"params": [p for p in given if id(p) in own], "slopes": bool(own)},
             ]
-        groups = [{"slopes": False, **group} for group in parameters]
+        parts = (p if isinstance(p, dict) else {"params": p} for p in parameters)
+        groups = [{"slopes": False, **part} for part in parts]
         if not any(group["slopes"] for group in groups):
             raise ValueError(
                 "there are no slopes among the parameters; give a model that make_collapsible "
@@ -391,8 +393,7 @@ def collapse_sequentially(
             with runs.mode(work, training=False):
                 report = collapse(work, tolerance=tolerance, example=example, inplace=True)
             removed = [line.activation for line in report.pairs if line.collapsed]
-            seconds = time.perf_counter() - started
-            step = measured(index, removed, work, data, seconds=seconds)
+            step = measured(index, removed, work, data, seconds=time.perf_counter() - started)
             step = Collapse(**vars(step), slopes=trained)
             history.append(step)
             yield step

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pruning101.core import masks, runs, structure
 from pruning101.core.data import Dataset
 from pruning101.core.fitted import Features, cropped, features, least_squares, relative_error
-from pruning101.core.folding import Folding, check_foldable, compare
+from pruning101.core.folding import Folding, check_example, check_foldable, compare
 from pruning101.core.folding import Pair as Pair
 from pruning101.core.merging import Border
 from pruning101.core.merging import border_width as border_width  # these are this topic's, too
@@ -33,7 +33,7 @@ from pruning101.core.slopes import separate_activations as separate_activations
 from pruning101.core.steps import History, Step, measured
 from pruning101.core.stretches import NORMS, macs, put, rejoin_norms, split_norms, stretches
 from pruning101.core.surgery import all_or_nothing
-from pruning101.core.tracing import Example, model_inputs
+from pruning101.core.tracing import Example
 from pruning101.core.training import evaluate, fit
 
 if TYPE_CHECKING:
@@ -53,9 +53,8 @@ def make_foldable(
 
     Each call of an activation gets a slope of its own (:func:`separate_activations`). ``layers``
     names the activations, as ``structure.activations`` does after that; by default all rectifiers:
-    ReLU changes by ``start * min(z, 0)`` only, but GELU, SiLU, Hardswish or ReLU6 become something
-    else, and such a network needs training. Sigmoid, tanh and the like, most of them gates, stay
-    unless they are named.
+    ReLU changes by ``start * min(z, 0)`` only, GELU, SiLU, Hardswish or ReLU6 to something that
+    must be trained. Sigmoid, tanh and the like, most of them gates, stay unless they are named.
 
     ``start`` is not 0 as in the paper, because the gradient of its penalty |1 - slope^2|,
     -2 slope, is 0 there: the penalty alone would never move a slope, and the loss must do so first.
@@ -72,6 +71,8 @@ def make_foldable(
         raise ValueError(f"start must be a slope in [0, 1], got {start!r}")
     separate = separate_activations(model, inplace=False)
     found = structure.activations(separate)
+    if "" in found:
+        raise ValueError("the model itself is an activation; put it into an nn.Sequential first")
     chosen = [n for n, m in found.items() if isinstance(m, RECTIFIERS)]
     if layers is not None:
         for name in layers:
@@ -179,10 +180,8 @@ def fold(
             unknown border, an example that is empty; the model is left as it was.
     """
     check_foldable(model, threshold, border)
-    if any(x.numel() == 0 for x in model_inputs(model, example) if isinstance(x, Tensor)):
-        raise ValueError("the example is an empty batch; give at least one input")
-    original = masks.clone(model) if inplace else model
-    work = model if inplace else masks.clone(model)
+    check_example(model, example)
+    original, work = (masks.clone(model), model) if inplace else (model, masks.clone(model))
     with all_or_nothing(work):
         joined = split_norms(work)
         folding = Folding(work, threshold, border, force, norms)
@@ -228,7 +227,7 @@ def distil(
     ridge: float = 1e-6,
     images: int = 1024,
     epochs: int = 1,
-    lr: float = 0.01,
+    lr: float = 0.001,
     teacher_weight: float = 0.5,
     retrain: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -245,8 +244,9 @@ def distil(
 
     Raises:
         ValueError: layers that do not follow one another or are no 2d convolutions, or a kernel
-            that cannot stand in the place of the merged one.
+            that cannot stand in the place of the merged one, or a number out of range.
     """
+    runs.check_numbers(images=images, ridge=ridge, epochs=epochs, lr=lr, seed=seed)
     example, _ = next(iter(data.batches("valid", 1, device=runs.device_of(model))))
     example = example.to(runs.dtype_of(model))
     ways = [s for s in stretches(model, example) if (s.first, s.second) == (first, second)]
@@ -257,15 +257,15 @@ def distil(
     one, two = model.get_submodule(first), model.get_submodule(second)
     if not isinstance(one, nn.Conv2d) or not isinstance(two, nn.Conv2d):
         raise ValueError(f"{first!r} and {second!r} must be 2d convolutions; try merge for others")
-    start = time.perf_counter()
-    work = masks.clone(model)
+    start, work = time.perf_counter(), masks.clone(model)
     before = evaluate(work, data, "valid").accuracy
     for name in (between.name for between in ways[0].between):
         between = work.get_submodule(name)
         one = merge_norm(one, copy.deepcopy(between).eval()) if isinstance(between, NORMS) else one
         put(work, name, nn.Identity())
     merged = cast(nn.Conv2d, merge(one, two, border="interior"))
-    layer = cropped(merged, kernel_size or max(*one.kernel_size, *two.kernel_size))
+    larger = max(*one.kernel_size, *two.kernel_size)
+    layer = cropped(merged, larger if kernel_size is None else kernel_size)
     put(work, second, nn.Identity())
     put(work, first, layer.train(one.training))
 
@@ -345,9 +345,9 @@ def fold_iteratively(
             begun with other settings.
     """
     finetune = epochs if finetune_epochs is None else finetune_epochs
-    if rounds < 1 or epochs < 0 or finetune < 0:
-        numbers = f"{rounds}, {epochs}, {finetune}"
-        raise ValueError(f"rounds must be at least 1 and epochs at least 0, got {numbers}")
+    runs.check_numbers(epochs=min(epochs, finetune), strength=strength, lr=lr, seed=seed)
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
     check_foldable(masks.clone(model).eval(), threshold, border)
     foldable = model if slopes(model) else make_foldable(model, start=start)
     history = History() if history is None else history

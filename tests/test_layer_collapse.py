@@ -487,6 +487,8 @@ def test_adam_lc_takes_a_closure_and_refuses_what_makes_no_sense():
 
     assert optimiser.step(closure).item() == pytest.approx(model_loss(mlp(3, 4, 2), x), rel=1e-5)
     assert seen == [pytest.approx(0.01)]  # once, at the values before the decay
+    with pytest.raises(ValueError, match="no slopes among the parameters; give a model"):
+        lc.AdamLC(model.parameters())
     with pytest.raises(ValueError, match="no slopes among"):
         lc.AdamLC(mlp(2, 2, 2))
     with pytest.raises(ValueError, match='order must be "paper" or "code"'):
@@ -649,11 +651,18 @@ def test_each_obstacle_is_told_in_one_line_and_nothing_changes():
     tied[5].weight = tied[2].weight
     assert "'2' shares its weight" in reason(tied)
 
+    hooked = pair()
+    hooked[0].register_forward_hook(lambda *_: None)
+    assert "a hook watches '0'" in reason(hooked)
+
     twice = pair()
     again = nn.Sequential(twice[0], twice[1], twice[2], nn.Softmax(1), twice[0])
     assert "'0' is used elsewhere" in reason(again)
     stacked = nn.Sequential(nn.Linear(4, 6), Slope(1.0), nn.Softmax(1), nn.Linear(6, 4))
     assert "'1' does not stand between two linear layers" in reason(stacked)
+
+    assert "if its forward cannot be followed, give an example" in reason(stacked)
+    assert "give an example" not in reason(stacked, example=rows(2, 4))
 
     with pytest.raises(ValueError, match="the model has no slope"):
         lc.collapse(mlp(3, 4, 2))

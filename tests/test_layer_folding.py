@@ -125,6 +125,8 @@ def test_what_cannot_get_slopes_is_refused(options, message):
     assert type(model[1]) is nn.ReLU
     with pytest.raises(ValueError, match="no activation that could get a slope"):
         make_foldable(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="the model itself is an activation"):
+        make_foldable(nn.ReLU())
 
 
 def test_the_penalty_is_its_formula_with_its_gradient():
@@ -234,6 +236,14 @@ def test_a_slope_within_the_threshold_counts_as_1_and_the_row_says_what_that_cha
     stays = fold(model, x, threshold=0.05)
     assert stays.difference == 0
     assert by_layers(stays)["0", "2"] == "kept: the slope of '1' is 0.93, further than 0.05 from 1"
+
+
+def test_a_slope_at_the_threshold_is_linear_in_single_precision_too():
+    model = nn.Sequential(nn.Linear(4, 4), Slope(0.9), nn.Linear(4, 2))
+    assert model[1].slope.item() < 0.9
+    assert list(fold(model, torch.randn(3, 4)).linear) == ["1"]
+    model[1].slope.data.fill_(0.8999)
+    assert not fold(model, torch.randn(3, 4)).linear
 
 
 def test_leaky_and_parametric_relus_near_1_are_linear_too():
@@ -457,6 +467,12 @@ def test_an_empty_example_is_refused():
         fold(nn.Linear(2, 2), torch.zeros(0, 2))
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(2, 2), Slope(1.0)])
+def test_a_single_layer_is_refused(layer):
+    with pytest.raises(ValueError, match="a single layer, with nothing beside it"):
+        fold(layer, torch.zeros(1, 2))
+
+
 def test_masked_layers_are_refused_and_permanent_zeros_fold():
     model = randomised(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
     masks.apply(model, {"0.weight": torch.eye(4) > 0})
@@ -612,6 +628,18 @@ def test_what_cannot_be_distilled_is_refused(digits, trained):
         distil(trained, "6", "10", digits)
     with pytest.raises(ValueError, match="a kernel of 4 cannot stand"):
         distil(trained, "3", "6", digits, kernel_size=4)
+    with pytest.raises(ValueError, match="a kernel of 0 cannot stand"):
+        distil(trained, "3", "6", digits, kernel_size=0)
+    with pytest.raises(ValueError, match="images must be a whole number, 1 or more, not 0"):
+        distil(trained, "3", "6", digits, images=0)
+    with pytest.raises(ValueError, match="ridge must be a finite number, 0 or more, not -1"):
+        distil(trained, "3", "6", digits, ridge=-1)
+    broken = copy.deepcopy(trained)
+    nn.init.constant_(broken.get_submodule("3").weight, math.nan)
+    with pytest.raises(ValueError, match="hold NaN or infinity"):
+        distil(broken, "3", "6", digits, epochs=0)
+    with pytest.raises(ValueError, match="strength must be a finite number, 0 or more, not nan"):
+        fold_iteratively(trained, digits, strength=math.nan)
 
 
 @pytest.fixture(scope="module")

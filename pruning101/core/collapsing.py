@@ -20,6 +20,7 @@ from pruning101.core.linear_pairs import (
 )
 from pruning101.core.merging import merge, merge_norm
 from pruning101.core.slopes import Slope
+from pruning101.core.stretches import put, watched
 from pruning101.core.tracing import Example, hooked, model_inputs, undisturbed
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ def collapse(
             if isinstance(model.get_submodule(pair.activation), Slope)
         ]
         inputs = _inputs_of(model, {pair.first for pair in found}, example)
-        lines = {name: _alone(name, slope) for name, slope in slopes(model).items()}
+        hint = "" if example is not None else "; if its forward cannot be followed, give an example"
+        lines = {name: _alone(name, slope, hint) for name, slope in slopes(model).items()}
         names = {pair.activation: pair.first for pair in found}
 
         def attempt(pair: LinearPair) -> bool:
@@ -111,10 +113,10 @@ def collapse(
     return CollapseReport(model, list(lines.values()))
 
 
-def _alone(name: str, slope: float) -> CollapsedPair:
+def _alone(name: str, slope: float, hint: str) -> CollapsedPair:
     reason = (
         f"{name!r} does not stand between two linear layers, each called once, with nothing but "
-        "norms and dropout beside it"
+        f"norms and dropout beside it{hint}"
     )
     return CollapsedPair("", name, "", slope, False, reason)
 
@@ -215,12 +217,6 @@ def grows(n_in: int, n_hidden: int, n_out: int) -> bool:
     return n_in * n_out > n_hidden * (n_in + n_out)
 
 
-def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` in the place that has this name, in place."""
-    parent, _, child = name.rpartition(".")
-    model.get_submodule(parent)._modules[child] = module
-
-
 def merge_pair(model: nn.Module, pair: LinearPair) -> nn.Module:
     """Merge a pair as if its activation did nothing, in place; return the merged layer.
 
@@ -271,6 +267,8 @@ def obstacle(model: nn.Module, pair: LinearPair, inputs: Tensor | None = None) -
         module: Any = model.get_submodule(name)
         if "weight" not in module._parameters and is_linear(module):
             return f"the weight of {name!r} is masked or computed; call masks.make_permanent first"
+        if (is_linear(module) or is_norm(module)) and watched(module):
+            return f"a hook watches {name!r}, which would no longer be called"
         if any(owners[id(p)] > 1 for p in module.parameters()):
             return f"{name!r} shares its weight with another layer, which would no longer follow"
         if is_norm(module):

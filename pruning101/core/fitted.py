@@ -81,6 +81,9 @@ def least_squares(layer: nn.Conv2d, pairs: Iterable[Features], ridge: float) -> 
 
     ``ridge`` times the mean square of the inputs is added to the diagonal (not to the bias): taps
     that the data say nothing of become 0. Solved from the normal equations, in float64.
+
+    Raises:
+        ValueError: features that are not finite.
     """
     groups, taps = layer.groups, layer.weight[0].numel()
     gram = torch.zeros(groups, taps + 1, taps + 1, dtype=torch.float64)
@@ -93,6 +96,8 @@ def least_squares(layer: nn.Conv2d, pairs: Iterable[Features], ridge: float) -> 
         targets = y.movedim(1, 0).flatten(1).double().cpu().view(groups, -1, patches.shape[2])
         gram += patches @ patches.mT
         moments += patches @ targets.mT
+    if not (gram.isfinite().all() and moments.isfinite().all()):
+        raise ValueError("the features to fit hold NaN or infinity; look at the model's weights")
     diagonal = gram.diagonal(dim1=1, dim2=2)
     diagonal[:, :-1] += ridge * diagonal[:, :-1].mean(1, keepdim=True)
     solution = torch.linalg.lstsq(gram, moments, driver="gelsd").solution  # also if it is singular

@@ -100,6 +100,9 @@ def check_numbers(**values: float) -> None:
         "batch_size": ("a whole number, 1 or more", lambda v: isinstance(v, Integral) and v >= 1),
         "teacher_weight": ("in [0, 1]", lambda v: 0 <= v <= 1),
         "temperature": ("a finite number above 0", lambda v: 0 < v < math.inf),
+        "images": ("a whole number, 1 or more", lambda v: isinstance(v, Integral) and v >= 1),
+        "ridge": ("a finite number, 0 or more", lambda v: 0 <= v < math.inf),
+        "strength": ("a finite number, 0 or more", lambda v: 0 <= v < math.inf),
         "seed": ("a whole number, 0 or more", lambda v: isinstance(v, Integral) and v >= 0),
     }
     for name, value in values.items():

@@ -146,8 +146,8 @@ def norm_moments(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Return beta and |gamma| of a norm, mean and standard deviation of what it gives: 2 x [C]."""
     if not isinstance(norm, NORMS):
         raise TypeError(
-            f"a {type(norm).__name__} is no norm: give a BatchNorm, LayerNorm, GroupNorm or "
-            "InstanceNorm, or use the mean and standard deviation of what it gives."
+            f"a {type(norm).__name__} is no norm of this kind: give a BatchNorm, LayerNorm, "
+            "GroupNorm or InstanceNorm, or use the mean and standard deviation of what it gives."
         )
     sizes = [getattr(norm, n, None) for n in ("num_features", "num_channels", "normalized_shape")]
     size = cast(Any, next(size for size in sizes if size is not None))

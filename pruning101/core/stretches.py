@@ -137,9 +137,15 @@ def shared(model: nn.Module) -> dict[str, str]:
             continue
         if any(holders[id(p)] > 1 for p in module._parameters.values() if p is not None):
             found[name] = f"the weights of {name!r} belong to another layer, too"
-        elif module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        elif watched(module):
             found[name] = f"a hook watches {name!r}"
     return found
+
+
+def watched(module: nn.Module) -> bool:
+    """Tell whether hooks run with this module, which would no longer do so in another one."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    return any(hooks) or bool(module._backward_pre_hooks)
 
 
 def hands_on(module: nn.Module, shape: tuple[int, ...]) -> bool:
