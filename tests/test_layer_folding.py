@@ -246,6 +246,24 @@ def test_a_slope_at_the_threshold_is_linear_in_single_precision_too():
     assert not fold(model, torch.randn(3, 4)).linear
 
 
+def test_what_worked_in_place_behind_a_linear_activation_spares_its_input():
+    class Ahead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.linear, self.relu = nn.PReLU(init=1.0), nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return x + self.last(self.relu(self.linear(x)))
+
+    model, x = randomised(Ahead()), example(9, 4)
+    report = fold(model, x)
+    torch.testing.assert_close(outputs(report.model, x), outputs(model, x))
+    assert list(report.linear) == ["linear"]
+    assert model.relu.inplace
+
+
 def test_leaky_and_parametric_relus_near_1_are_linear_too():
     prelu = nn.PReLU(5)
     nn.init.ones_(prelu.weight)

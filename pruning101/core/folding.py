@@ -124,6 +124,7 @@ class Folding:
         found = stretches.stretches(self.model, example, self.linear)
         for stretch in found:
             self.place(stretch)
+            self.spare_inputs(stretch)
             if stretch.first:
                 self.shape.setdefault(stretch.first, stretch.shape)
             skips += self.merge_one(stretch)
@@ -131,6 +132,16 @@ class Folding:
             for stretch in found:
                 self.norm_before(stretch)
         return skips > 0
+
+    def spare_inputs(self, stretch: Stretch) -> None:
+        """Let nothing write over what a linear activation, now gone, had handed on as new."""
+        between = [b.name for b in stretch.between if b.name]
+        names = [name for name in between if not name.startswith("function ")]
+        linear = [i for i, name in enumerate(names) if name in self.linear]
+        for name in names[linear[0] :] if linear else []:
+            module: Any = self.model.get_submodule(name)
+            if getattr(module, "inplace", False):
+                module.inplace = False
 
     def merge_one(self, stretch: Stretch) -> bool:
         """Do what can be done on one stretch; tell whether a skip was merged."""
