@@ -16,7 +16,7 @@
 #
 # reading: 35 minutes · compute: about 1 minute ·
 # before: lesson 3 (footprint, comparing at equal budget); lesson 5 helps ·
-# paper: Dror et al. 2022
+# paper: Ben Dror et al. 2022
 #
 # *Two linear layers in a row are one linear layer.* All that keeps two
 # layers apart is the activation between them. Make it linear while the

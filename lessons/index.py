@@ -39,7 +39,7 @@
 # | 03 | [Magnitude pruning](03_magnitude.ipynb) | Han et al. 2015 | 30 min | 1 minute | [exercises](exercises/03_magnitude.ipynb) |
 # | 04 | [Lottery tickets, and the race to prune at initialisation](04_lottery_tickets.ipynb) | Frankle & Carbin 2019 | 35 min | 1 minute | [exercises](exercises/04_lottery_tickets.ipynb) |
 # | 05 | [Structured against unstructured](05_structured.ipynb) | Li et al. 2017, LOBSTER, SeReNe, Fang et al. 2023 | 35 min | 1 minute | [exercises](exercises/05_structured.ipynb) |
-# | 06 | [Layer folding](06_layer_folding.ipynb) | Dror et al. 2022 | 35 min | 1 minute | [exercises](exercises/06_layer_folding.ipynb) |
+# | 06 | [Layer folding](06_layer_folding.ipynb) | Ben Dror et al. 2022 | 35 min | 1 minute | [exercises](exercises/06_layer_folding.ipynb) |
 # | 07 | [Activation entropy](07_activation_entropy.ipynb) | EGP, NEPENTHE, EASIER, TLC | 35 min | 1 minute | [exercises](exercises/07_activation_entropy.ipynb) |
 # | 08 | [Layer collapse](08_layer_collapse.ipynb) | Zibakhsh Shabgahi et al. 2023 | 35 min | 1 minute | [exercises](exercises/08_layer_collapse.ipynb) |
 # | 09 | Whole layers by optimal transport | LaCoOT | | | not there yet |

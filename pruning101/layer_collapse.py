@@ -374,6 +374,7 @@ def collapse_sequentially(
         start=start,
         train=dict(train or {}),
         seed=seed,
+        weights=runs.digest(model.state_dict().values()),
     )
 
     def run() -> Iterator[Step]:

@@ -1,9 +1,9 @@
 """Layer folding: activations that have become linear go, and the layers on their sides merge.
 
-Dror, Zehngut, Raviv, Artyomov, Vitek and Jevnisek, Layer folding: neural network depth reduction
-using activation linearization, BMVC 2022 (arXiv 2106.09309). Every activation gets a slope of its
-own, a penalty pulls the slopes to 1, what came near enough is taken for linear, and two layers
-with nothing between them are written as one.
+Ben Dror, Zehngut, Raviv, Artyomov, Vitek and Jevnisek, Layer folding: neural network depth
+reduction using activation linearization, BMVC 2022 (arXiv 2106.09309). Every activation gets a
+slope of its own, a penalty pulls the slopes to 1, what came near enough is taken for linear, and
+two layers with nothing between them are written as one.
 """
 
 import copy
@@ -364,6 +364,7 @@ def fold_iteratively(
         force=force,
         retrain=dict(retrain or {}),
         seed=seed,
+        weights=runs.digest(model.state_dict().values()),
     )
 
     def train(work: nn.Module, epochs: int, index: int, **options: Any) -> None:

@@ -795,6 +795,11 @@ def test_the_sequence_goes_backwards_and_resumes_to_the_same_numbers(digits, tra
     assert last.slopes == whole[1].slopes
     with pytest.raises(ValueError, match="strength"):
         lc.collapse_sequentially(trained, digits, **(OPTIONS | {"strength": 1}), history=resumed)
+    other = copy.deepcopy(trained)
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    with pytest.raises(ValueError, match="weights"):
+        lc.collapse_sequentially(other, digits, **OPTIONS, history=resumed)
 
 
 def test_the_sequence_stops_after_a_drop_and_keeps_slopes_that_do_not_come_near(digits, trained):

@@ -695,6 +695,11 @@ def test_the_recipe_resumes_to_the_same_numbers(digits, trained, options, tmp_pa
     assert second.slopes == whole[1].slopes
     with pytest.raises(ValueError, match=r"strength=0\.02"):
         fold_iteratively(trained, digits, history=history, **{**options, "strength": 1.0})
+    other = copy.deepcopy(trained)
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    with pytest.raises(ValueError, match="weights"):
+        fold_iteratively(other, digits, history=history, **options)
 
 
 def test_a_folded_network_trains_and_saves(digits, tmp_path):

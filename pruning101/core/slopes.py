@@ -20,8 +20,8 @@ class Slope(nn.Module):
     """``max(z, 0) + slope * min(z, 0)``, with one trainable scalar ``slope``.
 
     At slope 0 it is ReLU, at slope 1 it does nothing and what stands on its two sides is one
-    linear layer. Input and output have any shape. Source: Dror et al., Layer folding, BMVC 2022,
-    section 3.1; Shaabani et al., LayerCollapse.
+    linear layer. Input and output have any shape. Source: Ben Dror et al., Layer folding, BMVC
+    2022, section 3.1; Zibakhsh Shabgahi et al., LayerCollapse, 2023.
     """
 
     def __init__(self, start: float = 0.01) -> None:

@@ -18,6 +18,8 @@ FLAGS = [
     "--disable-sync",
 ]
 MINUTE = 60_000  # milliseconds
+LESSONS = ["03_magnitude", "04_lottery_tickets", "05_structured"]
+LESSONS += ["06_layer_folding", "07_activation_entropy", "08_layer_collapse"]
 
 RUNNING = """() => {
     const panel = window.jupyterapp && window.jupyterapp.shell.currentWidget;
@@ -150,7 +152,7 @@ def test_the_tiny_lesson_answers_its_slider(browser, serve, app, built, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lesson", ["03_magnitude", "04_lottery_tickets", "05_structured"])
+@pytest.mark.parametrize("lesson", LESSONS)
 def test_a_lesson_answers_its_slider(browser, serve, app, tmp_path, lesson):
     material = tmp_path / "material"  # a copy: JupyterLab saves what it ran
     for folder in ("lessons", "notebooks", "results"):
