@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import typing
 from collections import OrderedDict
 
 import pytest
@@ -401,6 +402,45 @@ def test_the_layouts_of_gpt2_and_bert(kind, follow):
     assert sum(p.numel() for p in report.model.parameters()) < 0.5 * sum(
         p.numel() for p in model.parameters()
     )
+
+
+def test_a_network_that_brings_its_own_input_needs_no_example():
+    class Bert(nn.Module):
+        main_input_name = "inputs"
+        dummy_inputs: typing.ClassVar = {"inputs": torch.ones(1, 5, 4), "labels": torch.ones(1)}
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.intermediate, self.output = BertIntermediate(), BertOutput()
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            if inputs.sum() > 0:  # what torch.fx cannot follow
+                inputs = 2 * inputs
+            return self.output(self.intermediate(inputs), inputs)
+
+    pair = ("intermediate.dense", "intermediate.intermediate_act_fn", "output.dense")
+    [found] = lc.pairs(lc.make_collapsible(Bert()))
+    assert (found.first, found.activation, found.second) == pair
+    Bert.main_input_name = "other"
+    with pytest.raises(ValueError, match="give an example"):
+        lc.make_collapsible(Bert())
+
+
+@pytest.mark.parametrize("name", ["Bert", "GPT2"])
+def test_hugging_face_where_it_is_installed(name):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 100, "hidden_size": 32, "num_attention_heads": 4, "bos_token_id": 0}
+    layers = {"num_hidden_layers": 2, "intermediate_size": 64, "eos_token_id": 0}
+    if name == "GPT2":
+        layers = {"n_inner": 64, "n_layer": 2, "eos_token_id": 0}
+    config = getattr(transformers, f"{name}Config")(**sizes, **layers)
+    torch.manual_seed(0)
+    linear = set_slopes(lc.make_collapsible(getattr(transformers, f"{name}Model")(config).eval()))
+    report = lc.collapse(linear)
+    assert [pair.collapsed for pair in report.pairs] == [True, True]
+    words = torch.arange(10).view(2, 5)
+    expected, given = linear(words), report.model(words)
+    assert torch.allclose(given.last_hidden_state, expected.last_hidden_state, atol=1e-4)
 
 
 # --- penalty and optimiser ----------------------------------------------------------------------

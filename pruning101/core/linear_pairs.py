@@ -100,11 +100,15 @@ def linear_pairs(model: nn.Module, example: Example | None = None) -> list[Linea
 
     Between the two may stand norms and dropout as well. Each of them takes nothing but the output
     of the one before, and nothing else reads that. With an ``example``, ``model(example)`` is run;
-    without one, ``forward`` is followed by ``torch.fx``, module by module where the whole cannot be
+    without one, the input that the networks of Hugging Face's transformers bring along is run, or
+    else ``forward`` is followed by ``torch.fx``, module by module where the whole cannot be
     followed. The layers of PyTorch's own ``nn.TransformerEncoderLayer``, which calls its activation
     as a function, are not found. The model stays as it was.
     """
     modules = dict(model.named_modules())
+    if example is None:
+        own = getattr(model, "dummy_inputs", None)
+        example = own.get(getattr(model, "main_input_name", "")) if isinstance(own, dict) else None
     runs = _runs_of(model, example) if example is not None else _symbolic_runs(model)
     found: Counter[tuple[str, str, tuple[str, ...]]] = Counter()
     calls = Counter(name for run in runs for name in run)
