@@ -66,7 +66,13 @@ def max_sliced_wasserstein(
             f"x has samples of shape {list(x.shape[1:])}, y of {list(y.shape[1:])}; only features "
             "of the same size can be compared."
         )
-    _check_options(projections, n_projections, p, direction, d)
+    check_options(n_projections, p, direction)
+    if projections is not None and (
+        projections.ndim != 2 or projections.shape[0] != d or not projections.shape[1]
+    ):
+        raise ValueError(
+            f"projections must be [{d}, n], a direction a column; got {list(projections.shape)}."
+        )
     with torch.autocast(x.device.type, enabled=False):
         x, y = (r.to(torch.promote_types(r.dtype, torch.float32)) for r in rows)
         with torch.no_grad():
@@ -190,15 +196,8 @@ def _rows(name: str, samples: Tensor) -> Tensor:
     return samples.flatten(1)
 
 
-def _check_options(
-    projections: Tensor | None, n_projections: int, p: float, direction: str, d: int
-) -> None:
-    if projections is not None and (
-        projections.ndim != 2 or projections.shape[0] != d or not projections.shape[1]
-    ):
-        raise ValueError(
-            f"projections must be [{d}, n], a direction a column; got {list(projections.shape)}."
-        )
+def check_options(n_projections: int, p: float, direction: str) -> None:
+    """Raise ``ValueError`` for an option of :func:`max_sliced_wasserstein` that is out of range."""
     if type(n_projections) is not int or n_projections < 1:
         raise ValueError(f"n_projections must be a whole number, 1 or more, not {n_projections!r}.")
     if isinstance(p, bool) or not isinstance(p, int | float) or not p >= 1:
