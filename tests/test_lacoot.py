@@ -401,6 +401,9 @@ def test_steps_draw_new_directions_and_seeds_tell_them_apart():
     assert len(set(first)) == 3
     assert three_steps() == first
     assert set(three_steps(seed=1)).isdisjoint(first)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)  # as fit does, anew in each epoch
+        assert set(three_steps()).isdisjoint(first)
 
 
 def test_features_are_let_go_of_after_the_penalty_and_by_the_next_step():
@@ -653,6 +656,16 @@ def test_tokens_and_positions_are_compared_vector_by_vector():
         assert found["inner"] == pytest.approx(np.mean(change), rel=1e-5)
 
 
+def test_scores_are_those_of_eval_mode_and_leave_batch_norms_alone():
+    model = models.build("resnet20", classes=10, in_channels=1, image_size=8).train()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    batches = [(images_of(4), None)]
+    found = lacoot.relative_change(model, batches)
+    assert model.training
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert lacoot.relative_change(model.eval(), batches) == found
+
+
 def test_a_block_that_is_the_identity_comes_first_in_every_score():
     model = Residual(scales=(0.5, 0.0, 0.5))
     model.blocks[1].layer.bias.data.zero_()
@@ -790,6 +803,11 @@ def test_removal_stops_before_the_drop_passes_the_tolerance(trained):
         steps = list(lacoot.remove_blocks(model, data, tolerance=tolerance))
         passing = [start - a > tolerance + 1e-9 for a in every] + [True]
         assert len(steps) == passing.index(True) == (left or passing.index(True))
+    # what is trained on is the last network that was yielded, not the one that lost too much
+    assert exactly < start - every[-1]
+    *steps, healed = lacoot.remove_blocks(model, data, tolerance=exactly, heal_epochs=1, lr=0.01)
+    assert 0 < len(steps) < 3
+    assert healed.footprint.macs == steps[-1].footprint.macs
     scores = dict(zip(NAMES, (3.0, 1.0, 2.0), strict=True))
     worst = list(lacoot.remove_blocks(model, data, tolerance=None, distances=scores))
     assert [s.removed for s in worst] == ["blocks.1", "blocks.2", "blocks.0"]
