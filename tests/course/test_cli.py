@@ -108,7 +108,14 @@ def test_ctrl_c_stops_a_run_and_keeps_what_was_executed(built, tmp_path):
     waiting = "open('there', 'w').close(); import time; time.sleep(600)"
     notebook.write_text(notebook.read_text().replace("plt.show()", waiting))
     command = [sys.executable, "-m", "pruning101.course", "run", "tiny", "--out", "kept.ipynb"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores the signal, and what it starts would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while not (tmp_path / "there").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
