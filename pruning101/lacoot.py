@@ -234,8 +234,9 @@ def remove_blocks(
     removal after which accuracy on ``valid`` is more than ``tolerance`` below the given model's is
     not yielded, and the last. With ``tolerance=None`` all blocks go.
 
-    ``distances`` are any scores by block; without them, :func:`block_distances` of the given model
-    over ``valid``, ``batch_size`` images at a time. ``order`` is
+    ``distances`` are any scores by block, and blocks without one stay; by default,
+    :func:`block_distances` of the given model over ``valid``, ``batch_size`` images at a time.
+    ``order`` is
 
     - ``"distance"``: ascending, the paper's;
     - ``"reference"``: ascending |z| + percentile / 100, as the published code ranks a Swin-T's
