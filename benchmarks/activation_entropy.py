@@ -46,7 +46,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, environment, interleaved, write
+from common import RESULTS, interleaved, spread, write
 from torch import Tensor, nn
 
 from pruning101 import activation_entropy as entropy
@@ -355,7 +355,7 @@ def collect(folder: Path) -> dict[str, Any]:
             "latency": json.loads(timed.read_text()) if timed.exists() else [],
             "seeds": seeds,
         }
-    return {"environment": environment(), "settings": settings}
+    return {"settings": settings}
 
 
 def summary(seeds: list[Any]) -> list[dict[str, Any]]:
@@ -374,10 +374,6 @@ def summary(seeds: list[Any]) -> list[dict[str, Any]]:
         }
         for (method, index), found in rows.items()
     ]
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"mean": sum(values) / len(values), "least": min(values), "greatest": max(values)}
 
 
 if __name__ == "__main__":

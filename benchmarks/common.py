@@ -72,6 +72,11 @@ def interleaved(
     }
 
 
+def spread(values: list[float]) -> dict[str, float]:
+    """Mean, least and greatest."""
+    return {"mean": sum(values) / len(values), "least": min(values), "greatest": max(values)}
+
+
 def write(path: str | Path, payload: dict[str, Any]) -> Path:
     """Keep `payload` with the environment as `results/PATH.json` (or an absolute path); print it.
 

@@ -49,7 +49,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, environment, interleaved, write
+from common import RESULTS, interleaved, spread, write
 from torch import Tensor, nn
 
 from pruning101.core import masks, models
@@ -287,7 +287,7 @@ def collect(folder: Path) -> dict[str, Any]:
             "latency": seeds[0]["latency"],
             "seeds": seeds,
         }
-    return {"environment": environment(), "settings": settings}
+    return {"settings": settings}
 
 
 def summary(seeds: list[Any]) -> list[dict[str, Any]]:
@@ -306,10 +306,6 @@ def summary(seeds: list[Any]) -> list[dict[str, Any]]:
         }
         for (way, last), found in rows.items()
     ]
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"mean": sum(values) / len(values), "least": min(values), "greatest": max(values)}
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, environment, write
+from common import RESULTS, environment, spread, write
 from sparse_latency import SLIDES, SOURCE, costs, count, latencies, machine
 from torch import nn
 from tqdm import tqdm
@@ -359,7 +359,7 @@ def summary(method: str, seeds: list[Any]) -> dict[str, Any]:
             return None
         return {
             setting: {
-                figure: spread([row[kind][setting][figure] for row in rows])
+                figure: spread_if_there([row[kind][setting][figure] for row in rows])
                 for figure in ("median_ms", "cpu_ms", "speedup")
             }
             for setting in rows[0][kind]
@@ -370,20 +370,14 @@ def summary(method: str, seeds: list[Any]) -> dict[str, Any]:
         "method": method,
         "kind": METHODS[method]["kind"],
         "seeds": len(rows),
-        **{figure: spread([row[figure] for row in rows]) for figure in FIGURES},
+        **{figure: spread_if_there([row[figure] for row in rows]) for figure in FIGURES},
         "latency": times("latency"),
         "latency_sparse_layout": times("latency_sparse_layout"),
     }
 
 
-def spread(values: list[Any]) -> dict[str, float] | None:
-    if any(value is None for value in values):
-        return None
-    return {
-        "mean": sum(values) / len(values),
-        "least": min(values),
-        "greatest": max(values),
-    }
+def spread_if_there(values: list[Any]) -> dict[str, float] | None:
+    return None if None in values else spread(values)
 
 
 if __name__ == "__main__":

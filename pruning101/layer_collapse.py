@@ -21,12 +21,12 @@ from pruning101.core.collapsed_counts import collapsed_counts as collapsed_count
 from pruning101.core.collapsing import CollapsedPair as CollapsedPair
 from pruning101.core.collapsing import CollapseReport as CollapseReport
 from pruning101.core.collapsing import collapse as collapse
-from pruning101.core.collapsing import nonlinear_norm, obstacle, slope_of, slopes, widths
+from pruning101.core.collapsing import nonlinear_norm, obstacle, widths
 from pruning101.core.data import Dataset
 from pruning101.core.linear_pairs import LinearPair, as_linear, linear_pairs, weight_of
-from pruning101.core.slopes import Slope, separate_activations
+from pruning101.core.slopes import Slope, separate_activations, slope_parameters, slopes
 from pruning101.core.steps import History, Step, measured
-from pruning101.core.stretches import put
+from pruning101.core.surgery import put
 from pruning101.core.tracing import Example
 from pruning101.core.training import evaluate, fit
 
@@ -123,12 +123,13 @@ def pairs(model: nn.Module, example: Example | None = None) -> list[Pair]:
     without one by following ``forward`` symbolically (:mod:`pruning101.core.linear_pairs`), never
     by name. The model stays as it was.
     """
+    found = slopes(model)
     return [
         Pair(
             pair.first,
             pair.activation,
             pair.second,
-            slope_of(model.get_submodule(pair.activation)),
+            found.get(pair.activation),
             gain(*widths(model, pair)),
             obstacle(model, pair),
         )
@@ -173,7 +174,7 @@ def _chosen(model: nn.Module, last: int | None, example: Example | None) -> list
     # One activation for several calls, or a function: each call needs a module of its own.
     separating = not found or any(pair.elsewhere for pair in found)
     tried = separate_activations(model, inplace=False) if separating else model
-    found = linear_pairs(tried, example)
+    found = linear_pairs(tried, example) if separating else found
     able = [p for p in found if not p.elsewhere and nonlinear_norm(tried, p) is None]
     if not found:
         hint = "" if example is not None else "; if its forward cannot be followed, give an example"
@@ -214,7 +215,7 @@ def linearity_penalty(model: nn.Module, strength: float = 0.2) -> Tensor:
     Raises:
         ValueError: the model has no slope.
     """
-    found: list[Tensor] = [m.slope for m in model.modules() if isinstance(m, Slope)]
+    found = [*slope_parameters(model).values()]
     if not found:
         raise ValueError("the model has no slope to draw to 1; call make_collapsible first")
     return strength * (1 - torch.stack(found)).square().sum()
@@ -250,7 +251,7 @@ class AdamLC(torch.optim.AdamW):
         if not 0 <= strength < math.inf:
             raise ValueError(f"strength must be a number >= 0, got {strength!r}")
         if isinstance(parameters, nn.Module):
-            own = {id(m.slope) for m in parameters.modules() if isinstance(m, Slope)}
+            own = {id(slope) for slope in slope_parameters(parameters).values()}
             given = list(parameters.parameters())
             parameters = [
                 {"params": [p for p in given if id(p) not in own]},

@@ -27,12 +27,13 @@ from pruning101.core.merging import border_width as border_width  # these are th
 from pruning101.core.merging import merge as merge
 from pruning101.core.merging import merge_norm as merge_norm
 from pruning101.core.merging import merge_skip as merge_skip
-from pruning101.core.slopes import RECTIFIERS
+from pruning101.core.slopes import RECTIFIERS, slope_parameters
 from pruning101.core.slopes import Slope as Slope
 from pruning101.core.slopes import separate_activations as separate_activations
+from pruning101.core.slopes import slopes as slopes
 from pruning101.core.steps import History, Step, measured
-from pruning101.core.stretches import NORMS, macs, put, rejoin_norms, split_norms, stretches
-from pruning101.core.surgery import all_or_nothing
+from pruning101.core.stretches import NORMS, macs, rejoin_norms, split_norms, stretches
+from pruning101.core.surgery import all_or_nothing, put
 from pruning101.core.tracing import Example
 from pruning101.core.training import evaluate, fit
 
@@ -90,11 +91,6 @@ def make_foldable(
     return separate
 
 
-def slopes(model: nn.Module) -> dict[str, float]:
-    """Return the slope of each :class:`Slope` by the name of the module."""
-    return {n: float(m.slope.detach()) for n, m in model.named_modules() if isinstance(m, Slope)}
-
-
 def slope_penalty(model: nn.Module, strength: float = 0.25) -> Tensor:
     """Return ``strength * sum |1 - slope^2|`` over all slopes, a scalar (equation 3 of the paper).
 
@@ -103,7 +99,7 @@ def slope_penalty(model: nn.Module, strength: float = 0.25) -> Tensor:
     Raises:
         ValueError: the model has no slopes.
     """
-    found: list[Tensor] = [m.slope for m in model.modules() if isinstance(m, Slope)]
+    found = [*slope_parameters(model).values()]
     if not found:
         raise ValueError("this model has no slopes; give it some with make_foldable first")
     return strength * (1 - torch.stack(found).square()).abs().sum()
@@ -115,9 +111,8 @@ def clamp_slopes(model: nn.Module) -> None:
 
     The paper clamps at 0 only; above 1 nothing is gained, and the penalty has its kink there.
     """
-    for module in model.modules():
-        if isinstance(module, Slope):
-            module.slope.clamp_(0, 1)
+    for slope in slope_parameters(model).values():
+        slope.clamp_(0, 1)
 
 
 # --- folding -----------------------------------------------------------------------------------
@@ -348,7 +343,8 @@ def fold_iteratively(
     runs.check_numbers(epochs=min(epochs, finetune), strength=strength, lr=lr, seed=seed)
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
-    check_foldable(masks.clone(model).eval(), threshold, border)
+    with runs.mode(model, training=False):
+        check_foldable(model, threshold, border)
     foldable = model if slopes(model) else make_foldable(model, start=start)
     history = History() if history is None else history
     history.bind(

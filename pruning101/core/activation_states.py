@@ -22,7 +22,6 @@ from pruning101.core.tracing import Example, Tracer, hooked, model_inputs, tenso
 
 Average = Literal["counts", "batches"]
 Batches = Iterable[tuple[Tensor, Tensor]]
-_WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
 
 # --- where an activation's input comes from ----------------------------------------------------
 
@@ -53,7 +52,7 @@ def origins(model: nn.Module, example: Example) -> dict[str, Origin]:
     inputs = model_inputs(model, example)
     modules = dict(model.named_modules())
     acting = structure.activations(model)
-    kinds = {n: "layer" for n, m in modules.items() if isinstance(m, _WEIGHTED)}
+    kinds = dict.fromkeys(structure.prunable(model), "layer")
     kinds |= {n: "norm" for n, m in modules.items() if isinstance(m, NORMS)}
     kinds |= dict.fromkeys(acting, "activation")
     found: dict[str, Origin] = {}

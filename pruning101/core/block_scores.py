@@ -26,9 +26,8 @@ def block_influence(
     A vector holds the features of one token, or of one position of an image: along the second axis
     ([B, C, H, W]) where the block holds a convolution, along the last ([B, T, D], [B, H, W, C], [B,
     D]) elsewhere. The mean is over all of them. Two zero vectors count as equal, a zero and another
-    as orthogonal. In ``eval`` mode;
-    the model stays as it was. Batches, blocks and errors are those of
-    :func:`core.block_features.mean_over_batches`.
+    as orthogonal. In ``eval`` mode; the model stays as it was. Batches, blocks and errors are those
+    of :func:`core.block_features.mean_over_batches`.
 
     Source: Men et al. 2024.
     """

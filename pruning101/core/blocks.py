@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruning101.core.surgery import put
 from pruning101.core.tracing import (
     Example,
     Tracer,
@@ -70,8 +71,7 @@ def remove_block(model: nn.Module, name: str) -> None:
     """
     if not name or name not in dict(model.named_modules()):
         raise ValueError(f"There is no module {name!r} in this model; see removable_blocks.")
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, PassThrough())
+    put(model, name, PassThrough())
 
 
 @dataclass(eq=False)

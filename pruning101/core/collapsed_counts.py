@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pruning101.core.collapsing import (
@@ -16,7 +15,8 @@ from pruning101.core.collapsing import (
     widths,
 )
 from pruning101.core.linear_pairs import LinearPair, linear_pairs
-from pruning101.core.tracing import Example, model_inputs, plain_attention
+from pruning101.core.measure import macs
+from pruning101.core.tracing import Example, model_inputs
 
 
 @dataclass(frozen=True)
@@ -97,16 +97,3 @@ def _without_weights(model: nn.Module) -> nn.Module:
 
 def _parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def macs(model: nn.Module, example: Example) -> int:
-    """Count multiply-adds for one input, attention products included."""
-    from torch.utils.flop_counter import FlopCounterMode  # imports triton
-
-    inputs = model_inputs(model, example)
-    batch_size = next((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.ndim), 1)
-    if batch_size == 0:
-        raise ValueError("the example is an empty batch; give at least one input")
-    with torch.no_grad(), plain_attention(), FlopCounterMode(display=False) as flops:
-        model(*inputs)
-    return round(flops.get_total_flops() / 2 / batch_size)

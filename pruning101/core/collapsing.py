@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,9 @@ from pruning101.core.linear_pairs import (
     weight_of,
 )
 from pruning101.core.merging import merge, merge_norm
-from pruning101.core.slopes import Slope
-from pruning101.core.stretches import put, watched
+from pruning101.core.slopes import Slope, slopes
+from pruning101.core.stretches import watched
+from pruning101.core.surgery import put
 from pruning101.core.tracing import Example, hooked, model_inputs, undisturbed
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def _collapse_pair(
     model: nn.Module, pair: LinearPair, inputs: Tensor | None, tolerance: float, force: bool
 ) -> CollapsedPair:
     """Merge one pair in place, unless something stands against it."""
-    slope = cast(float, slope_of(model.get_submodule(pair.activation)))
+    slope = slopes(model)[pair.activation]
     n_in, n_hidden, n_out = widths(model, pair)
     reason = obstacle(model, pair, inputs)
     if not reason and not abs(slope - 1) < tolerance:
@@ -190,17 +191,6 @@ def _inputs_of(model: nn.Module, names: set[str], example: Example | None) -> di
 
 def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def slope_of(module: nn.Module) -> float | None:
-    """Return the slope of this activation, or None where it is no ``Slope``."""
-    return float(module.slope.detach()) if isinstance(module, Slope) else None
-
-
-def slopes(model: nn.Module) -> dict[str, float]:
-    """Return the slope of every activation that may become linear, by name."""
-    found = {name: slope_of(module) for name, module in model.named_modules()}
-    return {name: slope for name, slope in found.items() if slope is not None}
 
 
 # --- one pair --------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from pruning101.core.merging import (
     merge_norm,
 )
 from pruning101.core.skips import absorb_skip
-from pruning101.core.stretches import NORMS, Between, Stretch, macs, put, shadow
+from pruning101.core.stretches import NORMS, Between, Stretch, macs, shadow
+from pruning101.core.surgery import put
 from pruning101.core.tracing import Example, model_inputs, tensors_in, undisturbed
 
 

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from pruning101.core import structure
-from pruning101.core.slopes import Slope
+from pruning101.core import slopes, structure
 from pruning101.core.tracing import Example
 
 # Activations of other libraries are told by their class names (GELUActivation, QuickGELU...).
@@ -78,7 +77,7 @@ def as_linear(layer: nn.Module) -> nn.Module:
 
 def is_activation(module: nn.Module) -> bool:
     """Tell whether this is an elementwise non-linearity, a ``Slope`` or one by its class name."""
-    if isinstance(module, Slope) or structure.activations(module).keys() == {""}:
+    if slopes.is_activation(module):
         return True
     if module._parameters or module._modules:
         return False

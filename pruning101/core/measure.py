@@ -9,6 +9,7 @@ import statistics
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,29 +73,41 @@ def footprint(model: nn.Module, example: Example) -> Footprint:
 
     Raises ``ValueError`` if the example is empty.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # imports triton, a third of torch itself
-
     inputs = model_inputs(model, example)
-    batch_size = next((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.ndim), 1)
-    if batch_size == 0:
-        raise ValueError("The example is an empty batch; give at least one input.")
-    with (
-        undisturbed(model),
-        torch.no_grad(),
-        plain_attention(),
-        FlopCounterMode(display=False) as flops,
-        Tracer(model, inputs) as trace,
-    ):
-        outputs = model(*inputs)
+    trace = Tracer(model, inputs)
+    with undisturbed(model):
+        count, outputs = _counted(model, inputs, trace)
     state = _distinct(inference_state(model))
     return Footprint(
         parameters=sum(p.numel() for p in model.parameters()),
         nonzero=_count_nonzero(model),
-        macs=round(flops.get_total_flops() / 2 / batch_size),
+        macs=count,
         depth=trace.depth_of(outputs),
         dense_bytes=sum(t.numel() * t.element_size() for _, t in state),
         coded_bytes=len(coded_state(model)),
     )
+
+
+def macs(model: nn.Module, example: Example) -> int:
+    """Count multiply-adds per input alone, as :func:`footprint` does; on the meta device, too.
+
+    The model runs in the mode that it is in. Raises ``ValueError`` if the example is empty.
+    """
+    return _counted(model, model_inputs(model, example))[0]
+
+
+def _counted(
+    model: nn.Module, inputs: tuple[Any, ...], watching: AbstractContextManager[Any] | None = None
+) -> tuple[int, Any]:
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton, a third of torch itself
+
+    batch_size = next((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.ndim), 1)
+    if batch_size == 0:
+        raise ValueError("The example is an empty batch; give at least one input.")
+    watching = watching or nullcontext()
+    with torch.no_grad(), plain_attention(), FlopCounterMode(display=False) as flops, watching:
+        outputs = model(*inputs)
+    return round(flops.get_total_flops() / 2 / batch_size), outputs
 
 
 def latency(model: nn.Module, example: Example, *, threads: int | None = None) -> Latency:

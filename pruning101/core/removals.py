@@ -1,6 +1,7 @@
 """Activations taken out in rounds: the surgery, and what EASIER, TLC, EGP and NEPENTHE share."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Required, TypedDict, cast
@@ -12,8 +13,9 @@ from pruning101.core import masks, runs, structure
 from pruning101.core.activation_states import Origin
 from pruning101.core.data import Dataset
 from pruning101.core.measure import footprint
-from pruning101.core.slopes import Slope, separate_activations
+from pruning101.core.slopes import is_activation, separate_activations
 from pruning101.core.steps import History, Step, measured
+from pruning101.core.surgery import put
 from pruning101.core.training import evaluate, fit
 
 # --- surgery -----------------------------------------------------------------------------------
@@ -28,24 +30,19 @@ def remove_activations(model: nn.Module, names: Sequence[str]) -> None:
         ValueError: an unknown name, the whole model, or an activation that stands in several
             places; the model is unchanged.
     """
-    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for child, module in parent._modules.items():
-            if module is not None:
-                places.setdefault(module, []).append((parent, child))
-    known = {n: m for n, m in model.named_modules() if n and (_acts(m) or isinstance(m, Slope))}
+    places = Counter(module for parent in model.modules() for module in parent._modules.values())
+    known = {n: m for n, m in model.named_modules() if n and is_activation(m)}
     for name in names:
         if name not in known:
             listed = ", ".join(known) or "none"
             raise ValueError(f"the model has no activation {name!r} to remove; it has {listed}.")
-        if len(places[known[name]]) > 1:
+        if places[known[name]] > 1:
             raise ValueError(
                 f"the activation {name!r} stands in several places; give each one of its own with "
                 "core.slopes.separate_activations."
             )
     for name in names:
-        [(parent, child)] = places[known[name]]
-        setattr(parent, child, nn.Identity())
+        put(model, name, nn.Identity())
 
 
 def silence(model: nn.Module, origin: Origin, off: Tensor) -> None:
@@ -168,10 +165,11 @@ def remove_in_rounds(
     )
     work = history.latest(model)
     separate_activations(work)
-    names = list(structure.activations(work)) if layers is None else list(layers)
+    acting = structure.activations(work)
+    names = list(acting if layers is None else layers)
     gone = {name for step in history for name in step.linearised}
-    if unknown := [name for name in names if name not in gone and not _acts_in(work, name)]:
-        known = ", ".join(structure.activations(work))
+    if unknown := [name for name in names if name not in gone and name not in acting]:
+        known = ", ".join(acting)
         raise ValueError(f"the model has no activation {unknown[0]!r}; it has {known}.")
     if not names and not gone:
         raise ValueError("the model has no activation that could be removed.")
@@ -185,7 +183,8 @@ def remove_in_rounds(
         while limit is None or len(history) < limit:
             start = time.perf_counter()
             index = len(history) + 1
-            left = [name for name in names if _acts_in(work, name)]
+            acting = structure.activations(work)
+            left = [name for name in names if name in acting]
             choice = choose(work, left, example.to(runs.device_of(work))) if left else None
             if choice is None:
                 return
@@ -221,11 +220,3 @@ def _folded(
     plain = masks.clone(model).eval()
     masks.make_permanent(plain)
     return fold(plain, example)
-
-
-def _acts(module: nn.Module) -> bool:
-    return "" in structure.activations(module)
-
-
-def _acts_in(model: nn.Module, name: str) -> bool:
-    return name in dict(model.named_modules()) and _acts(model.get_submodule(name))

@@ -7,7 +7,8 @@ from torch import nn
 
 from pruning101.core import slopes
 from pruning101.core.merging import merge_skip
-from pruning101.core.stretches import hands_on, put
+from pruning101.core.stretches import hands_on
+from pruning101.core.surgery import put
 
 
 def absorb_skip(model: nn.Module, name: str) -> str:

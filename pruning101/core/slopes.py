@@ -37,6 +37,21 @@ class Slope(nn.Module):
         return f"slope={float(self.slope.detach()):.4g}"
 
 
+def slope_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameter of every :class:`Slope` of ``model``, by the name of the module."""
+    return {name: m.slope for name, m in model.named_modules() if isinstance(m, Slope)}
+
+
+def slopes(model: nn.Module) -> dict[str, float]:
+    """Return the slope of each :class:`Slope` of ``model``, by the name of the module."""
+    return {name: float(slope.detach()) for name, slope in slope_parameters(model).items()}
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Tell whether ``module`` is an elementwise activation, one with a slope included."""
+    return isinstance(module, Slope) or "" in structure.activations(module)
+
+
 def slope_of(module: nn.Module) -> list[float] | None:
     """Return the slopes below zero of an activation that is linear on each side, else None."""
     if isinstance(module, Slope):

@@ -9,11 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pruning101.core import slopes, structure
+from pruning101.core import measure, structure
+from pruning101.core.constants import NORMS
 from pruning101.core.merging import BorderedConv2d
+from pruning101.core.slopes import is_activation
+from pruning101.core.surgery import put
 from pruning101.core.tracing import Example
 
-NORMS = nn.modules.batchnorm._NormBase
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, BorderedConv2d)
 
 
@@ -121,11 +123,6 @@ def stretches(model: nn.Module, example: Example, names: Iterable[str] = ()) -> 
     return sorted(found, key=lambda stretch: stretch.order)
 
 
-def is_activation(module: nn.Module) -> bool:
-    """Tell whether ``module`` is an elementwise activation, one with a slope included."""
-    return isinstance(module, slopes.Slope) or "" in structure.activations(module)
-
-
 def shared(model: nn.Module) -> dict[str, str]:
     """Return why layers, by name, cannot be changed alone: weights held or watched elsewhere."""
     holders: Counter[int] = Counter(
@@ -171,12 +168,8 @@ def hands_on(module: nn.Module, shape: tuple[int, ...]) -> bool:
 
 def macs(layer: nn.Module, shape: tuple[int, ...]) -> int:
     """Return the multiply-adds of ``layer`` for one input, on a batch of this ``shape``."""
-    from torch.utils.flop_counter import FlopCounterMode  # imports triton, a third of torch itself
-
     dtype = next(layer.parameters()).dtype
-    with torch.no_grad(), FlopCounterMode(display=False) as flops:
-        shadow(layer)(torch.empty(shape, dtype=dtype, device="meta"))
-    return round(flops.get_total_flops() / 2 / shape[0])
+    return measure.macs(shadow(layer), torch.empty(shape, dtype=dtype, device="meta"))
 
 
 def shadow(layer: nn.Module) -> nn.Module:
@@ -227,9 +220,3 @@ def rejoin_norms(model: nn.Module, before: dict[str, nn.Module]) -> None:
                 "act": cast(nn.Module, parts.act),
             }
             put(model, name, module)
-
-
-def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` in the place ``name``, in place."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

@@ -42,6 +42,12 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
         raise
 
 
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place ``name`` of ``model``, in place."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
 def is_depthwise(module: nn.Module) -> bool:
     """Tell whether each output channel of this convolution reads one input channel, its own."""
     return (
