@@ -1,0 +1,137 @@
+"""The seminar's table: ResNet-18 made shallower by LaCoOT and by those before it.
+
+Rows of Quétu et al., Layer collapse through optimal transport, ICCV 2025 (arXiv 2406.08933), table
+1, and of what the table leaves open: networks that were shallow from the start, or lose the same
+blocks without a penalty.
+"""
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pruning101.core import models, runs, structure
+from pruning101.core.data import Dataset, load
+from pruning101.core.steps import History
+from pruning101.core.training import fit
+from pruning101.lacoot import BlockDistances
+
+# --- the settings ------------------------------------------------------------------------------
+
+
+def drops_at_half_and_three_quarters(progress: float) -> float:
+    """The factor of the learning rate: 1, from half of the steps 0.1, from three quarters 0.01."""
+    return 1.0 if progress < 0.5 else 0.1 if progress < 0.75 else 0.01
+
+
+PROFILES: dict[str, dict[str, Any]] = {
+    "quick": {
+        "dataset": {"name": "digits", "image_size": 16, "channels": 3},
+        "network": "resnet20",
+        "images": {},
+        "training": {"batch_size": 64, "schedule": "cosine", "precision": "float32"},
+        "from_scratch": {"epochs": 8, "lr": 0.1},
+    },
+    "standard": {
+        "dataset": {"name": "cifar10"},
+        "network": "resnet18",
+        "images": {"train": 10_000, "valid": 1_000, "test": 5_000},
+        "training": {
+            "batch_size": 128,
+            "schedule": "cosine",
+            "weight_decay": 5e-4,
+            "augment": True,
+            "precision": "bfloat16",
+        },
+        "from_scratch": {"epochs": 15, "lr": 0.05},
+    },
+    "paper": {
+        "dataset": {"name": "cifar10"},
+        "network": "resnet18",
+        "images": {},
+        "training": {
+            "batch_size": 128,
+            "schedule": drops_at_half_and_three_quarters,
+            "weight_decay": 1e-4,
+            "augment": True,
+            "precision": "auto",
+        },
+        "from_scratch": {"epochs": 160, "lr": 0.1},
+    },
+}
+
+# How a network may be trained from scratch: the strength of the penalty on its blocks, and options
+# of BlockDistances. The first two have none.
+PENALTIES: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    "shallow": None,
+    "random": {"strength": 5.0},
+    "ascent": {"strength": 0.1, "direction": "ascent"},
+    "random_normalised": {"strength": 1.0, "normalise": True},
+    "ascent_normalised": {"strength": 1.0, "direction": "ascent", "normalise": True},
+}
+
+# --- networks from scratch ---------------------------------------------------------------------
+
+
+@functools.cache
+def load_data(profile: str) -> Dataset:
+    """Return the images of a profile; the whole data set where it names no numbers."""
+    settings = PROFILES[profile]
+    return load(**settings["dataset"]).subset(**settings["images"])
+
+
+def build(profile: str, seed: int) -> nn.Module:
+    """Return the untrained network of a profile."""
+    data = load_data(profile)
+    model = models.build(
+        PROFILES[profile]["network"],
+        classes=len(data.classes),
+        image_size=data.train.images.shape[-1],
+        seed=seed,
+    )
+    # how weights lie in memory: the same numbers, and convolutions run faster so
+    return model.to(memory_format=torch.channels_last)
+
+
+def blocks_of(model: nn.Module, data: Dataset) -> list[str]:
+    """Return the names of all blocks that may be removed."""
+    images, _ = next(iter(data.batches("valid", 2)))
+    return structure.removable_blocks(model, images.to(runs.device_of(model)))
+
+
+def trained(kind: str, seed: int, profile: str, folder: Path) -> tuple[nn.Module, History]:
+    """Return the network of a kind, trained from scratch, and its epochs.
+
+    ``kind`` is one of ``PENALTIES``; ``"shallow"`` has none of the removable blocks from the start.
+    Every epoch is kept in ``folder/kind-seed.pt``, from where the same call goes on.
+
+    Raises:
+        ValueError: an unknown kind, or a file that was begun with other settings.
+    """
+    if kind not in PENALTIES:
+        raise ValueError(f"There is no kind of training {kind!r}; choose one of {[*PENALTIES]}.")
+    settings, data = PROFILES[profile], load_data(profile)
+    model = build(profile, seed)
+    if kind == "shallow":
+        for name in blocks_of(model, data):
+            structure.remove_block(model, name)
+    options = dict(PENALTIES[kind] or {})
+    strength = options.pop("strength", None)
+    watching: AbstractContextManager[Any] = nullcontext()
+    if strength is not None:
+        watching = BlockDistances(model, blocks_of(model, data), seed=seed, **options)
+    with watching as distances:
+        history = fit(
+            model,
+            data,
+            seed=seed,
+            checkpoint=Path(folder) / f"{kind}-{seed}.pt",
+            penalty=None if strength is None else distances.penalty(strength),
+            **settings["from_scratch"],
+            **settings["training"],
+        )
+    return model, history
