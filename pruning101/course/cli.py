@@ -28,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\npruning101: stopped.", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
         print(f"pruning101: {error}", file=sys.stderr)
-        return 1 if isinstance(error, RuntimeError) else 2
+        return 1 if isinstance(error, RuntimeError | FloatingPointError) else 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,6 +78,25 @@ def _parser() -> argparse.ArgumentParser:
         "--to", type=Path, default=Path(), metavar="FOLDER", help="default: the current folder"
     )
     sub.set_defaults(run=_assign)
+
+    sub = add("reproduce", help="make a paper's table again", description=_reproduce.__doc__)
+    sub.add_argument("table", metavar="TABLE", help="a table: lacoot")
+    sub.add_argument(
+        "--profile",
+        metavar="NAME",
+        default="quick",
+        help="quick, standard or paper (default: quick)",
+    )
+    sub.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default: 0")
+    sub.add_argument("--rows", nargs="+", metavar="ROW", help="default: all")
+    sub.add_argument("--out", type=Path, metavar="PATH", help="default: table.json in the folder")
+    sub.add_argument(
+        "--folder",
+        type=Path,
+        metavar="DIR",
+        help="what is done is kept here (default: runs/reproduce/TABLE-PROFILE)",
+    )
+    sub.set_defaults(run=_reproduce)
 
     sub = add("data", help="make a data set's one file", description=_data.__doc__)
     sub.add_argument("name", metavar="NAME", help="a data set: mnist, fashion_mnist, cifar10, ...")
@@ -143,6 +162,25 @@ def _assign(arguments: argparse.Namespace) -> int:
     from .assign import assign
 
     print(assign(material.find(arguments.lesson), arguments.to))
+    return 0
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    """Make a paper's table again and print it; stop with Ctrl-C, and the same command goes on from
+    there to the same figures.
+    """
+    from .reproduce import reproduce
+
+    text, path = reproduce(
+        arguments.table,
+        profile=arguments.profile,
+        seeds=arguments.seeds,
+        rows=arguments.rows,
+        out=arguments.out,
+        folder=arguments.folder,
+    )
+    print(text)
+    print(path)
     return 0
 
 

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 
 from pruning101.core import data
-from pruning101.course import cli
+from pruning101.course import cli, reproduce
 
 
 def said(capsys, *arguments):
@@ -26,7 +26,7 @@ def said(capsys, *arguments):
 def test_help_names_every_command(capsys):
     code, out, _ = said(capsys, "--help")
     assert code == 0
-    for command in ("lab", "run", "build", "assign", "data", "doctor"):
+    for command in ("lab", "run", "build", "assign", "reproduce", "data", "doctor"):
         assert f"    {command} " in out
 
 
@@ -39,6 +39,10 @@ def test_help_names_every_command(capsys):
         (["run", "tiny", "--profile", "fast"], "invalid choice: 'fast'"),
         (["lab", "--port", "99999"], "Port 99999 cannot be used"),
         (["data", "mnits"], "mnist"),
+        (["reproduce", "lacot"], "There is no table 'lacot': did you mean lacoot?"),
+        (["reproduce", "lacoot", "--profile", "papr"], "did you mean paper?"),
+        (["reproduce", "lacoot", "--rows", "eazier"], "There is no row 'eazier'"),
+        (["reproduce", "lacoot", "--seeds", "one"], "invalid int value: 'one'"),
         ([], "required"),
         (["grade"], "invalid choice: 'grade'"),
     ],
@@ -147,6 +151,37 @@ def test_assign_prints_where_it_wrote(built, tmp_path, capsys):
     assert code == 0
     assert Path(out.strip()).is_file()
     assert Path(out.strip()) == tmp_path / "class" / "07_tiny.ipynb"
+
+
+def test_reproduce_hands_on_its_options_and_prints_table_and_path(monkeypatch, tmp_path, capsys):
+    asked = {}
+
+    def made(name, **options):
+        asked.update(options, name=name)
+        return "row  test %", tmp_path / "t.json"
+
+    monkeypatch.setattr(reproduce, "reproduce", made)
+    arguments = ["--profile", "standard", "--seeds", "0", "1", "--rows", "original", "lacoot"]
+    code, out, _ = said(capsys, "reproduce", "lacoot", *arguments, "--folder", str(tmp_path))
+    assert (code, out) == (0, f"row  test %\n{tmp_path / 't.json'}\n")
+    assert asked == {
+        "name": "lacoot",
+        "profile": "standard",
+        "seeds": [0, 1],
+        "rows": ["original", "lacoot"],
+        "out": None,
+        "folder": tmp_path,
+    }
+
+
+def test_training_that_diverges_gets_one_sentence(monkeypatch, capsys):
+    def diverged(name, **options):
+        raise FloatingPointError("The loss became nan at step 1 of epoch 1; try a lower lr.")
+
+    monkeypatch.setattr(reproduce, "reproduce", diverged)
+    code, out, err = said(capsys, "reproduce", "lacoot")
+    assert (code, out) == (1, "")
+    assert err == "pruning101: The loss became nan at step 1 of epoch 1; try a lower lr.\n"
 
 
 def test_data_prints_the_file(monkeypatch, tmp_path, capsys):

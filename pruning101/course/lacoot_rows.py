@@ -1,0 +1,246 @@
+"""The rows of LaCoOT's table: what each method does, from the network that all begin with."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pruning101.activation_entropy import easier, egp, nepenthe
+from pruning101.core import masks, runs
+from pruning101.core.data import Dataset
+from pruning101.core.files import written_whole
+from pruning101.core.measure import footprint
+from pruning101.core.steps import History
+from pruning101.core.training import default_device, evaluate, fit
+from pruning101.lacoot import block_distances, remove_blocks
+from pruning101.layer_folding import fold, fold_iteratively
+
+from .lacoot_table import OURS, PENALTIES, PROFILES, load_data, trained
+from .machine import interleaved
+
+# --- one seed, one profile, one folder ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a row is made: its seed, profile and folder; ``say`` tells a person how it goes."""
+
+    seed: int
+    profile: str
+    folder: Path
+    say: Callable[[str], None] = print
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The profile's settings."""
+        return PROFILES[self.profile]
+
+    @property
+    def data(self) -> Dataset:
+        """The profile's images."""
+        return load_data(self.profile)
+
+    def trained(self, kind: str) -> tuple[nn.Module, History]:
+        """Return a network from scratch and its epochs."""
+        return trained(kind, self.seed, self.profile, self.folder)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A row's network, the epochs and seconds of all training, and figures after each removal."""
+
+    model: nn.Module
+    epochs: int
+    seconds: float
+    after: list[dict[str, Any]] = field(default_factory=list)
+
+
+# --- methods ------------------------------------------------------------------------------------
+
+
+def from_scratch(kind: str, run: Run) -> Outcome:
+    """Train, and leave it at that."""
+    model, history = run.trained(kind)
+    return Outcome(model, len(history), seconds_of(history))
+
+
+def without_blocks(kind: str, run: Run) -> Outcome:
+    """Train, then remove every removable block, in ascending order of the penalty's distance."""
+    start = from_scratch(kind, run)
+    options = {k: v for k, v in (PENALTIES[kind] or {}).items() if k != "strength"}
+    batches = run.data.batches("valid", 125, device=runs.device_of(start.model))
+    distances = block_distances(start.model, batches, **options)
+    scores = (evaluate(start.model, run.data, split).accuracy for split in ("valid", "test"))
+    after = [dict(zip(("valid_accuracy", "test_accuracy"), scores, strict=True))]
+    model = start.model
+    for step in remove_blocks(start.model, run.data, tolerance=None, distances=distances):
+        model = cast(nn.Module, step.model)
+        after.append(
+            {
+                "removed": step.removed,
+                "distance": distances[step.removed],
+                "valid_accuracy": step.accuracy,
+                "test_accuracy": step.test_accuracy,
+                "macs": step.footprint.macs,
+                "depth": step.footprint.depth,
+            }
+        )
+    return Outcome(model, start.epochs, start.seconds, after)
+
+
+def healed(before: str, run: Run) -> Outcome:
+    """Train the network of another row on."""
+    figures = row(before, run)
+    model = network(before, run)
+    history = fit(
+        model,
+        run.data,
+        seed=runs.derive(run.seed, 1),
+        checkpoint=run.folder / f"{before}_healed-{run.seed}.pt",
+        **run.settings["healing"],
+        **run.settings["training"],
+    )
+    epochs = figures["epochs"] + len(history)
+    return Outcome(model, epochs, figures["seconds"] + seconds_of(history))
+
+
+RECIPES: dict[str, Callable[..., Iterable[Any]]] = {
+    "layer_folding": fold_iteratively,
+    "egp": egp,
+    "nepenthe": nepenthe,
+    "easier": easier,
+}
+
+
+def in_rounds(method: str, run: Run) -> Outcome:
+    """Go on from the plain network with one of ``RECIPES``; what may merge is merged."""
+    start = from_scratch("plain", run)
+    options = dict(run.settings[method])
+    options["retrain"] = {**run.settings["training"], **options.get("retrain", {})}
+    history = History.resume(run.folder / f"{method}-{run.seed}")
+    retrain = {**options.pop("retrain"), "progress": True}
+    each = options["epochs"] + options.get("finetune_epochs", 0)
+    recipe = RECIPES[method]
+    for step in recipe(
+        start.model, run.data, retrain=retrain, seed=run.seed, history=history, **options
+    ):
+        run.say(f"  round {step.index}: {step.accuracy:.1%} on valid")
+    after = [
+        {
+            "removed": step.removed,
+            "valid_accuracy": step.accuracy,
+            "test_accuracy": step.test_accuracy,
+            "macs": step.footprint.macs,
+            "depth": step.footprint.depth,
+        }
+        for step in history
+    ]
+    model = start.model
+    if len(history):
+        model = getattr(history.last, "folded", None) or history.last.model
+    seconds = start.seconds + sum(step.seconds for step in history)
+    return Outcome(model, start.epochs + each * len(history), seconds, after)
+
+
+RUNS: dict[str, Callable[[Run], Outcome]] = {
+    "original": partial(from_scratch, "plain"),
+    **{method: partial(in_rounds, method) for method in RECIPES},
+    "lacoot_published": partial(without_blocks, "random"),
+    "lacoot": partial(without_blocks, OURS),
+    "healed": partial(healed, "lacoot"),
+    "shallow": partial(from_scratch, "shallow"),
+    "plain_removed": partial(without_blocks, "plain"),
+    "plain_healed": partial(healed, "plain_removed"),
+}
+
+# --- figures ------------------------------------------------------------------------------------
+
+
+def row(name: str, run: Run) -> dict[str, Any]:
+    """Return the figures of one row and seed, from the folder if they are there.
+
+    Accuracies are shares, ``seconds`` those of all training, removal and folding on the clock;
+    multiply-adds and depth are of the network as it would be used (:func:`deployed`).
+    """
+    done = run.folder / "rows" / f"{name}-{run.seed}.json"
+    if done.exists():
+        return dict(json.loads(done.read_text()))
+    run.say(f"seed {run.seed}, {name}")
+    outcome = RUNS[name](run)
+    example = next(iter(run.data.batches("valid", 2)))[0].to(runs.device_of(outcome.model))
+    counts = footprint(deployed(outcome.model, example), example)
+    figures = {
+        "row": name,
+        "seed": run.seed,
+        "valid_accuracy": evaluate(outcome.model, run.data, "valid").accuracy,
+        "test_accuracy": evaluate(outcome.model, run.data, "test").accuracy,
+        "macs": counts.macs,
+        "depth": counts.depth,
+        "epochs": outcome.epochs,
+        "seconds": outcome.seconds,
+        "after": outcome.after,
+    }
+    for path, content in (
+        (run.folder / "networks" / f"{name}-{run.seed}.pt", outcome.model),
+        (done, figures),  # last: where it is, the other is, too
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as part:
+            if isinstance(content, nn.Module):
+                torch.save(content, part)
+            else:
+                part.write_text(json.dumps(figures, indent=1))
+    return figures
+
+
+def network(name: str, run: Run) -> nn.Module:
+    """Return the network of a row that is done."""
+    where = None if torch.accelerator.is_available() else "cpu"
+    path = run.folder / "networks" / f"{name}-{run.seed}.pt"
+    model: nn.Module = torch.load(path, where, weights_only=False)  # surgery made its shape
+    return model
+
+
+def seconds_of(history: History) -> float:
+    """Return the seconds of all epochs."""
+    return sum(epoch.seconds for epoch in history)
+
+
+def deployed(model: nn.Module, example: Tensor) -> nn.Module:
+    """Return the network as it would be used: the same function, all norms merged into layers."""
+    copy = masks.clone(model).to(memory_format=torch.contiguous_format).eval()
+    return fold(copy, example, threshold=0, inplace=True).model
+
+
+def latencies(names: Iterable[str], run: Run, *, repeats: int = 50) -> dict[str, dict[str, float]]:
+    """Time one image through each row's network, deployed, in turns.
+
+    On one thread, or on the accelerator if there is one. By row ``ms``, the median, and
+    ``processor_ms``, of the processor's time, which other work on the machine disturbs less.
+    """
+    device = default_device()
+    image = next(iter(run.data.batches("valid", 1)))[0].to(device)
+
+    def call(model: nn.Module) -> None:
+        model(image)
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    deployed_rows = {n: deployed(network(n, run).to(device), image) for n in names}
+    calls: Any = {name: partial(call, model) for name, model in deployed_rows.items()}
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        with torch.inference_mode():
+            timed = interleaved(calls, repeats=repeats, warmup=5)
+    finally:
+        torch.set_num_threads(threads)
+    return {
+        name: {"ms": 1e3 * one["median"], "processor_ms": 1e3 * one["cpu_median"]}
+        for name, one in timed.items()
+    }

@@ -1,0 +1,158 @@
+"""Makes a paper's table again: goes on where a run was cut off, prints the table, and keeps it."""
+
+import difflib
+import functools
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.files import written_whole
+from ..core.runs import check_numbers
+from . import lacoot_rows, lacoot_table
+from .machine import environment, spread
+
+if TYPE_CHECKING:
+    import pandas
+
+TABLES = ("lacoot",)
+_FIGURES = ("test_accuracy", "valid_accuracy", "macs", "depth", "epochs", "seconds")
+
+
+def reproduce(
+    name: str,
+    *,
+    profile: str = "quick",
+    seeds: Sequence[int] = (0,),
+    rows: Sequence[str] | None = None,
+    out: Path | None = None,
+    folder: Path | None = None,
+) -> tuple[str, Path]:
+    """Make the table ``name``; return it as text, and the JSON file that it was saved in.
+
+    ``folder`` (by default ``runs/reproduce/NAME-PROFILE``) keeps every epoch, round and row that is
+    done: the same call goes on from there to the same figures, and one with more seeds or rows does
+    only what is missing. ``out`` is by default ``table.json`` in it. By default all rows.
+
+    Raises:
+        ValueError: an unknown name, profile or row, a seed that is none, or a folder that was begun
+            with other settings; all before any work.
+    """
+    _known("table", name, TABLES)
+    _known("profile", profile, tuple(lacoot_table.PROFILES))
+    chosen = list(dict.fromkeys(lacoot_table.ROWS if rows is None else rows))
+    for row in chosen:
+        _known("row", row, lacoot_table.ROWS)
+    seeds = list(dict.fromkeys(seeds))
+    for seed in seeds:
+        check_numbers(seed=seed)
+    folder = Path("runs") / "reproduce" / f"{name}-{profile}" if folder is None else folder
+    out = folder / "table.json" if out is None else out
+    if out.is_dir():
+        raise ValueError(f"{str(out)!r} is a folder; name the JSON file to write.")
+    _bind(folder, {"profile": profile, **lacoot_table.settings(profile)})
+
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    all_runs = [lacoot_rows.Run(seed, profile, folder, say) for seed in seeds]
+    found = [lacoot_rows.row(row, run) for run in all_runs for row in chosen]
+    timed = _latencies(chosen, all_runs[0])
+    summary = [_summary(row, [f for f in found if f["row"] == row], timed) for row in chosen]
+    command = ["pruning101 reproduce", name, "--profile", profile, "--seeds", *map(str, seeds)]
+    command += [] if rows is None else ["--rows", *chosen]
+    payload = {
+        "environment": environment() | {"command": " ".join(command)},
+        "profile": profile,
+        **lacoot_table.settings(profile),
+        "rows": summary,
+        "seeds": found,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(out) as part:
+        part.write_text(json.dumps(payload, indent=2) + "\n")
+    return table(summary).to_string(index=False), out
+
+
+def _known(what: str, name: str, names: Sequence[str]) -> None:
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(names)}."
+        raise ValueError(f"There is no {what} {name!r}: {hint}")
+
+
+def _bind(folder: Path, settings: dict[str, Any]) -> None:
+    """Tie the folder to the settings of the run that fills it."""
+    settings = json.loads(json.dumps(settings))
+    path = folder / "settings.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as part:
+            part.write_text(json.dumps(settings, indent=1))
+        return
+    try:
+        before = dict(json.loads(path.read_text()))
+    except ValueError:
+        raise ValueError(
+            f"{str(path)!r} is damaged; delete {str(folder)!r} to start anew."
+        ) from None
+    for name in settings | before:
+        if before.get(name) != settings.get(name):
+            raise ValueError(
+                f"The run in {str(folder)!r} was begun with {name}={before.get(name)!r}, not "
+                f"{settings.get(name)!r}; name another folder, or delete that one."
+            )
+
+
+def _latencies(rows: list[str], run: lacoot_rows.Run) -> dict[str, dict[str, float]]:
+    """The rows' latencies, side by side: measured again where other rows than last time ask."""
+    path = run.folder / f"latency-{run.seed}.json"
+    if path.exists():
+        before: dict[str, dict[str, float]] = json.loads(path.read_text())
+        if set(before) == set(rows):
+            return before
+    run.say(f"seed {run.seed}, latency of {len(rows)} networks")
+    timed = lacoot_rows.latencies(rows, run)
+    with written_whole(path) as part:
+        part.write_text(json.dumps(timed, indent=1))
+    return timed
+
+
+def _summary(
+    row: str, found: list[dict[str, Any]], timed: dict[str, dict[str, float]]
+) -> dict[str, Any]:
+    return {
+        "row": row,
+        "seeds": [figures["seed"] for figures in found],
+        **{name: spread([figures[name] for figures in found]) for name in _FIGURES},
+        "latency": timed[row],
+        "paper": lacoot_table.PAPER.get(row),
+    }
+
+
+def table(summary: list[dict[str, Any]]) -> "pandas.DataFrame":
+    """Return one row a row of the table: what was measured, and beside it what the paper says."""
+    import pandas
+
+    rows = []
+    for one in summary:
+        accuracy, paper = one["test_accuracy"], one["paper"] or {}
+        shown = f"{100 * accuracy['mean']:.2f}"
+        if len(one["seeds"]) > 1:
+            shown += f" [{100 * accuracy['least']:.2f}, {100 * accuracy['greatest']:.2f}]"
+        rows.append(
+            {
+                "row": one["row"],
+                "test %": shown,
+                "valid %": f"{100 * one['valid_accuracy']['mean']:.2f}",
+                "M MACs": f"{one['macs']['mean'] / 1e6:.2f}",
+                "depth": f"{one['depth']['mean']:.0f}",
+                "ms": f"{one['latency']['ms']:.2f}",
+                "minutes": f"{one['seconds']['mean'] / 60:.1f}",
+                "epochs": f"{one['epochs']['mean']:.0f}",
+                "paper: %": paper.get("accuracy", ""),
+                "M MACs ": paper["macs"] / 1e6 if paper else "",
+                "ms ": paper.get("latency_ms", ""),
+                "minutes ": paper.get("minutes", ""),
+            }
+        )
+    return pandas.DataFrame(rows)
