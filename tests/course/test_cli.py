@@ -1,6 +1,7 @@
 """The command line: what it prints, its exit codes, and errors of one sentence."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ def test_help_names_every_command(capsys):
     code, out, _ = said(capsys, "--help")
     assert code == 0
     for command in ("lab", "run", "build", "assign", "reproduce", "data", "doctor"):
-        assert f"    {command} " in out
+        assert re.search(rf"^    {command}\s", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
