@@ -23,6 +23,7 @@ from pruning101.course import build, execute, material
 from pruning101.lottery_tickets import find_ticket
 from pruning101.widgets import (
     activation_entropy,
+    lacoot,
     layer_collapse,
     layer_folding,
     lottery_tickets,
@@ -89,6 +90,16 @@ def layer_folding_widget() -> ipywidgets.VBox:
     return layer_folding.show(layer_folding.precompute(slopes, images))
 
 
+def lacoot_widget() -> ipywidgets.VBox:
+    stem = [nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    blocks = [models.BasicBlock(16, 16, 1) for _ in range(8)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)]
+    digits = data.load("digits").subset(train=240, valid=60)
+    options = {"strength": 0.5, "epochs": 3, "lr": 0.05, "batch_size": 40}
+    model = nn.Sequential(*stem, *blocks, *head)
+    return lacoot.show(lacoot.precompute(model, digits, **options))
+
+
 WIDGETS: dict[str, Callable[[], ipywidgets.VBox]] = {
     "skeletonization": skeletonization_widget,
     "optimal_brain_damage": optimal_brain_damage_widget,
@@ -98,6 +109,7 @@ WIDGETS: dict[str, Callable[[], ipywidgets.VBox]] = {
     "layer_folding": layer_folding_widget,
     "activation_entropy": activation_entropy_widget,
     "layer_collapse": layer_collapse_widget,
+    "lacoot": lacoot_widget,
 }
 
 
@@ -106,7 +118,8 @@ def answers(box: ipywidgets.VBox) -> list[float]:
     seconds = []
     for control in box.children[:-2]:  # the last two are the sentence and the picture
         if isinstance(control, ipywidgets.Dropdown):
-            values = list(control.options)
+            pairs = [o if isinstance(o, tuple) else (o, o) for o in control.options]
+            values = [value for _, value in pairs]
         else:
             steps = round((control.max - control.min) / control.step)
             values = [control.min + i * control.step for i in range(steps + 1)]

@@ -1,333 +1,34 @@
-"""Lesson 9's widget: blocks' distances while a network learns, and blocks taken out of its path."""
+"""Lesson 9's widget: blocks' distances while a network learns, and blocks taken out of its path.
 
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+What it shows is computed before, in :mod:`widgets.lacoot_state`.
+"""
+
+from collections.abc import Sequence
+from textwrap import fill
 from typing import Any
 
 import ipywidgets
 import numpy as np
-import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
-from torch import Tensor, nn
-from tqdm import tqdm
 
-from pruning101 import lacoot
-from pruning101.core import masks, measure, plots, structure
-from pruning101.core.block_features import chosen_blocks
-from pruning101.core.data import Dataset
-from pruning101.core.steps import History
-from pruning101.core.surgery import put
-from pruning101.core.training import evaluate, fit
-from pruning101.core.transport import Direction
+from pruning101.core import plots
 from pruning101.widgets import base
+from pruning101.widgets.lacoot_state import RANKINGS as RANKINGS
+from pruning101.widgets.lacoot_state import Removal as Removal
+from pruning101.widgets.lacoot_state import State as State
+from pruning101.widgets.lacoot_state import Trained as Trained
+from pruning101.widgets.lacoot_state import from_trained as from_trained
+from pruning101.widgets.lacoot_state import precompute as precompute
+from pruning101.widgets.lacoot_state import train as train
 
-RANDOM, MAXIMISED = "distance (random directions)", "distance (maximised)"
-CHANGE, INFLUENCE, SHUFFLED, LAST = "relative change", "block influence", "random", "last first"
-RANKINGS = (RANDOM, MAXIMISED, CHANGE, INFLUENCE, SHUFFLED, LAST)
-NETWORKS = {True: "with the regulariser", False: "without it"}
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained network, and its blocks' distances in some of the training steps.
-
-    ``steps`` [points] counts from 1; ``distances`` [points, blocks] are of ``blocks`` in the
-    network's order, measured along directions of the kind ``direction``.
-    """
-
-    model: nn.Module
-    blocks: tuple[str, ...]
-    steps: np.ndarray
-    distances: np.ndarray
-    direction: str
-    history: History
-
-
-@dataclass(frozen=True)
-class Removal:
-    """Blocks taken out of one network in one order.
-
-    ``order`` are all blocks, the first to go first, and ``scores`` [blocks] what decided it, in the
-    network's order. ``accuracy`` [blocks + 1] on ``valid``, in [0, 1], ``macs`` and ``latency_ms``
-    (one image on one CPU thread) are those with 0, 1, 2, ... of them gone.
-    """
-
-    order: tuple[str, ...]
-    scores: np.ndarray
-    accuracy: np.ndarray
-    macs: np.ndarray
-    latency_ms: np.ndarray
-
-
-@dataclass(frozen=True)
-class State:
-    """All that the widget shows, computed before: see :func:`precompute`.
-
-    ``path`` is the network from input to output: names of ``blocks``, and None for other layers.
-    ``trained`` has the network with the regulariser under True, and that without under False;
-    ``removals`` has an entry for each of these and each of :data:`RANKINGS`.
-    """
-
-    blocks: tuple[str, ...]
-    path: tuple[str | None, ...]
-    trained: dict[bool, Trained]
-    removals: dict[tuple[bool, str], Removal]
-    classes: int
-    images: int
-
-    @property
-    def ranking(self) -> str:
-        """The ranking by the distance that the regulariser lowers."""
-        return MAXIMISED if self.trained[True].direction == "ascent" else RANDOM
-
-
-# --- before ------------------------------------------------------------------------------------
-
-
-def precompute(
-    model: nn.Module,
-    data: Dataset,
-    *,
-    blocks: Sequence[str] | None = None,
-    strength: float,
-    epochs: int,
-    lr: float,
-    direction: Direction = "random",
-    seed: int = 0,
-    progress: bool = True,
-    **options: Any,
-) -> State:
-    """Train two copies of ``model``, with the regulariser and without, and take their blocks out.
-
-    See :func:`train` and :func:`from_trained`, which do one each; ``options`` are further ones of
-    ``training.fit``.
-    """
-    settings: dict[str, Any] = {"epochs": epochs, "lr": lr, "seed": seed, "progress": progress}
-    settings |= {"blocks": blocks, "direction": direction, **options}
-    regularised, plain = (train(model, data, strength=s, **settings) for s in (strength, 0.0))
-    return from_trained(regularised, plain, data, seed=seed, progress=progress)
-
-
-def train(
-    model: nn.Module,
-    data: Dataset,
-    *,
-    strength: float,
-    epochs: int,
-    lr: float,
-    blocks: Sequence[str] | None = None,
-    direction: Direction = "random",
-    every: int = 5,
-    seed: int = 0,
-    **options: Any,
-) -> Trained:
-    """Train a copy of ``model`` with LaCoOT's penalty, noting distances at each ``every``-th step.
-
-    With ``strength`` 0 distances are only measured, at these steps, and training is what it would
-    be without. ``options`` are further ones of ``training.fit``.
-
-    Raises:
-        ValueError: no removable block, or an option out of range, as ``lacoot.BlockDistances``.
-    """
-    copy = masks.clone(model)
-    names = tuple(_in_order(copy, blocks, _example(data, copy)))
-    steps: list[int] = []
-    seen: list[Tensor] = []
-    done = 0
-
-    with lacoot.BlockDistances(copy, names, direction=direction, seed=seed) as distances:
-        regulariser = distances.penalty(strength)
-
-        def penalty(network: nn.Module) -> Tensor:
-            noted = done % every == 0
-            if strength:
-                cost = regulariser(network)
-            else:
-                with torch.no_grad():
-                    cost = regulariser(network) if noted else torch.zeros(())
-            if noted:
-                steps.append(done + 1)
-                seen.append(torch.stack([distances.latest[name] for name in names]))
-            return cost
-
-        def count(network: nn.Module) -> None:
-            nonlocal done
-            done += 1
-
-        settings: dict[str, Any] = {"epochs": epochs, "lr": lr, "seed": seed, **options}
-        history = fit(copy, data, penalty=penalty, after_step=count, **settings)
-    found = torch.stack(seen).cpu().numpy() if seen else np.zeros((0, len(names)))
-    return Trained(copy, names, np.array(steps), found, direction, history)
-
-
-def from_trained(
-    regularised: Trained,
-    plain: Trained,
-    data: Dataset,
-    *,
-    seed: int = 0,
-    repeats: int = 60,
-    progress: bool = True,
-) -> State:
-    """Take the blocks of two trained networks out, in the order of each of :data:`RANKINGS`.
-
-    Scores and accuracies are those on ``valid``; latency is the median of ``repeats`` passes of one
-    image on one CPU thread, and networks of the same build share it. The models stay as they were.
-
-    Raises:
-        ValueError: the networks have not the same blocks.
-    """
-    blocks = regularised.blocks
-    if plain.blocks != blocks:
-        raise ValueError(
-            f"The networks must have the same blocks, not {blocks} and {plain.blocks}: train both "
-            "from one model."
-        )
-    trained = {True: regularised, False: plain}
-    works = {kind: masks.clone(each.model).eval() for kind, each in trained.items()}
-    ranked = {
-        (kind, ranking): scores
-        for kind, work in works.items()
-        for ranking, scores in _rankings(work, data, blocks, seed).items()
-    }
-    orders = {key: sorted(scores, key=lambda name: scores[name]) for key, scores in ranked.items()}
-    # Of orders that begin alike, each network is measured once.
-    left = {
-        (kind, frozenset(order[:n]))
-        for (kind, _), order in orders.items()
-        for n in range(len(blocks) + 1)
-    }
-    accuracy: dict[tuple[bool, frozenset[str]], float] = {}
-    hidden = not (progress and sys.stderr and sys.stderr.isatty())
-    for kind, gone in tqdm(left, desc="removing blocks", leave=False, disable=hidden):
-        with _without(works[kind], gone):
-            accuracy[kind, gone] = evaluate(works[kind], data, "valid").accuracy
-    costs = _costs(works[False].cpu(), data, {gone for _, gone in left}, repeats)
-    removals = {}
-    for (kind, ranking), order in orders.items():
-        subsets = [frozenset(order[:n]) for n in range(len(blocks) + 1)]
-        removals[kind, ranking] = Removal(
-            order=tuple(order),
-            scores=np.array([ranked[kind, ranking][name] for name in blocks]),
-            accuracy=np.array([accuracy[kind, gone] for gone in subsets]),
-            macs=np.array([costs[gone][0] for gone in subsets]),
-            latency_ms=np.array([costs[gone][1] for gone in subsets]),
-        )
-    path = _path(works[False], blocks, _example(data, works[False]))
-    return State(blocks, path, trained, removals, len(data.classes), len(data.valid))
-
-
-def _example(data: Dataset, model: nn.Module, count: int = 2) -> Tensor:
-    images, _ = next(iter(data.batches("valid", count)))
-    parameter = next(model.parameters())
-    return images.to(parameter.device, parameter.dtype)
-
-
-def _in_order(model: nn.Module, blocks: Sequence[str] | None, example: Tensor) -> list[str]:
-    names = chosen_blocks(model, blocks, example)
-    return [name for name in _path(model, names, example) if name is not None]
-
-
-def _path(model: nn.Module, blocks: Sequence[str], example: Tensor) -> tuple[str | None, ...]:
-    """Name the blocks as they are called, with None wherever other layers with weights are."""
-    found: list[str | None] = []
-
-    def enter(name: str | None) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            if name is not None or found[-1:] != [None]:
-                found.append(name)
-
-        return hook
-
-    hooks = []
-    for name, module in model.named_modules():
-        weighted = any(p.ndim > 1 for p in module.parameters(recurse=False))
-        inside = any(name.startswith(f"{block}.") for block in blocks)
-        if name in blocks:
-            hooks.append(module.register_forward_pre_hook(enter(name)))
-        elif weighted and name and not inside:
-            hooks.append(module.register_forward_pre_hook(enter(None)))
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            masks.clone(model).eval()(example)
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return tuple(found)
-
-
-def _rankings(
-    model: nn.Module, data: Dataset, blocks: Sequence[str], seed: int
-) -> dict[str, dict[str, float]]:
-    """Score all blocks by each ranking; the smallest goes first."""
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:  # a last batch of one is no distribution
-        return (pair for pair in data.batches("valid", 128) if len(pair[0]) > 1)
-
-    order = lacoot.random_order(blocks, seed)
-    return {
-        RANDOM: lacoot.block_distances(model, batches(), blocks=blocks),
-        MAXIMISED: lacoot.block_distances(model, batches(), blocks=blocks, direction="ascent"),
-        CHANGE: lacoot.relative_change(model, batches(), blocks=blocks),
-        INFLUENCE: lacoot.block_influence(model, batches(), blocks=blocks),
-        SHUFFLED: {name: order.index(name) + 1 for name in blocks},
-        LAST: {name: len(blocks) - i for i, name in enumerate(blocks)},
-    }
-
-
-@contextmanager
-def _without(model: nn.Module, names: frozenset[str]) -> Iterator[None]:
-    """Take these blocks out of ``model`` inside the block, and put them back after it."""
-    blocks = {name: model.get_submodule(name) for name in names}
-    try:
-        for name in blocks:
-            structure.remove_block(model, name)
-        yield
-    finally:
-        for name, block in blocks.items():
-            put(model, name, block)
-
-
-def _costs(
-    model: nn.Module, data: Dataset, subsets: set[frozenset[str]], repeats: int
-) -> dict[frozenset[str], tuple[int, float]]:
-    """Return MACs and milliseconds, for one image, of ``model`` without each of these subsets."""
-    image = _example(data, model, 1)
-    macs: dict[frozenset[str], int] = {}
-    for gone in subsets:
-        with _without(model, gone):
-            macs[gone] = measure.macs(model, image)
-    kind_of = {
-        gone: (macs[gone], *sorted(repr(model.get_submodule(name)) for name in gone))
-        for gone in subsets
-    }
-    built = {kind: gone for gone, kind in kind_of.items()}
-    times: dict[Any, list[float]] = {kind: [] for kind in built}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.inference_mode():
-            # In turns, so that whatever else the machine does slows all of them alike.
-            for _ in range(max(1, repeats // 10)):
-                for kind, gone in built.items():
-                    with _without(model, gone):
-                        model(image)
-                        for _ in range(10):
-                            start = time.perf_counter()
-                            model(image)
-                            times[kind].append(time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(threads)
-    return {gone: (macs[gone], 1e3 * float(np.median(times[kind_of[gone]]))) for gone in subsets}
-
-
-# --- the figure --------------------------------------------------------------------------------
+NETWORKS = {True: "with the regulariser", False: "without the regulariser"}
+_WIDTH, _HEIGHT, _LOWER = 590, 418, 208  # of the figure, and of its lower part, in points
+_LEFT, _RIGHT = 44, 580  # between these the figure lies
+_GONE, _STAYS = "#A0A0A0", "#8C8C8C"
 
 
 def draw(
@@ -335,49 +36,75 @@ def draw(
 ) -> Figure:
     """Draw distances in training, accuracy over removals, and the network with its path."""
     ranking = ranking or state.ranking
-    figure = plt.figure(figsize=(8.2, 5.6), layout="none")
-    grid = figure.add_gridspec(
-        2,
-        2,
-        height_ratios=(1, 1.15),
-        width_ratios=(1.35, 1),
-        left=0.075,
-        right=0.985,
-        bottom=0.01,
-        top=0.95,
-        wspace=0.27,
-        hspace=0.2,
-    )
-    distances(state, regularised, removed, ranking, ax=figure.add_subplot(grid[0, 0]))
-    accuracies(state, regularised, removed, ranking, ax=figure.add_subplot(grid[0, 1]))
-    network(state, regularised, removed, ranking, ax=figure.add_subplot(grid[1, :]))
+    figure = plt.figure(figsize=(_WIDTH / 72, _HEIGHT / 72), layout="none")
+    low, high = (_LOWER + 34) / _HEIGHT, 1 - 20 / _HEIGHT
+    left = figure.add_axes((_LEFT / _WIDTH, low, 0.52, high - low))
+    right = figure.add_axes((0.68, low, _RIGHT / _WIDTH - 0.68, high - low))
+    distances(state, regularised=regularised, removed=removed, ranking=ranking, ax=left)
+    accuracies(state, regularised=regularised, removed=removed, ranking=ranking, ax=right)
+    lower = figure.add_axes((0, 0, 1, _LOWER / _HEIGHT))
+    network(state, regularised=regularised, removed=removed, ranking=ranking, ax=lower)
     return figure
 
 
-def distances(state: State, regularised: bool, removed: int, ranking: str, *, ax: Axes) -> None:
-    """Draw each block's distance in training; blocks that are removed end in a cross."""
+def distances(state: State, *, regularised: bool, removed: int, ranking: str, ax: Axes) -> None:
+    """Draw each block's distance in training; a removed one's is dashed and ends in a cross."""
     trained = state.trained[regularised]
     gone = state.removals[regularised, ranking].order[:removed]
+    every = np.concatenate([each.distances for each in state.trained.values()])
+    low, high = max(every.min(), every.max() / 1e4) / 1.25, 1.25 * every.max()
+    last = trained.steps[-1]
+    ends = np.log(np.maximum(trained.distances[-1], low) / low) / np.log(high / low)
+    columns = 1 + (len(state.blocks) > 10)
     for i, name in enumerate(state.blocks):
         out = name in gone
+        colour = _GONE if out else _colour(state, i)
         ax.plot(
             trained.steps,
-            trained.distances[:, i],
-            color=_GONE if out else _colour(state, i),
+            np.maximum(trained.distances[:, i], low),
+            color=colour,
             linestyle=(0, (3, 1.5)) if out else "-",
-            linewidth=1.0 if out else 1.6,
+            linewidth=1.1 if out else 1.7,
             marker="X" if out else "o",
             markevery=[-1],
             zorder=2 if out else 3,
             label=name,
         )
-    ax.set(xlabel="training step", ylabel="distance (features' unit)", yscale="log")
-    ax.set_title(f"distances in training, {NETWORKS[regularised]}")
+    leaders, inks = [], []
+    for rank, (i, height) in enumerate(_spread(ends, 0.064 / columns)):
+        inks.append(_GONE if state.blocks[i] in gone else _colour(state, i))
+        x = last * (1.07 + 0.07 * (rank % columns))
+        y = low * (high / low) ** height
+        leaders.append([(last, max(trained.distances[-1, i], low)), (last * 1.05, y)])
+        ax.text(x, y, str(i + 1), color=inks[-1], fontsize=8, va="center", ha="center")
+    ax.add_collection(LineCollection(leaders, colors=inks, linewidths=0.6), autolim=False)
+    unit = "in the features' size" if trained.normalise else "in the features' unit"
+    ax.set(xlabel="training step", ylabel=f"distance ({unit})", yscale="log")
+    ax.set(xlim=(0, last * (1.1 + 0.07 * (columns - 1))), ylim=(low, high))
+    ticks = [m * 10.0**e for e in range(-12, 12) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+    ticks = ticks if len(ticks) < 8 else [t for t in ticks if f"{t:e}"[0] == "1"]
+    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()
+    ax.set_title(f"blocks' distances in training, {NETWORKS[regularised]}")
 
 
-def accuracies(state: State, regularised: bool, removed: int, ranking: str, *, ax: Axes) -> None:
+def _spread(heights: np.ndarray, gap: float) -> list[tuple[int, float]]:
+    """Move heights in [0, 1] apart to at least ``gap``; give each with its place, from below."""
+    order = np.argsort(heights, kind="stable")
+    wanted = heights[order].astype(float)
+    found = wanted.copy()
+    for i in range(1, len(found)):
+        found[i] = max(found[i], found[i - 1] + gap)
+    found += (wanted - found).mean()
+    ladder = gap * np.arange(len(found))
+    found = np.maximum(found, 0.02 + ladder)
+    found = np.minimum(found, 0.98 - ladder[::-1])
+    return list(zip(order.tolist(), found.tolist(), strict=True))
+
+
+def accuracies(state: State, *, regularised: bool, removed: int, ranking: str, ax: Axes) -> None:
     """Draw accuracy over the number of removed blocks, of both networks."""
-    for kind in (not regularised, regularised):
+    for kind, label in ((True, "with the regulariser"), (False, "without")):
         chosen = kind == regularised
         accuracy = 100 * state.removals[kind, ranking].accuracy
         ax.plot(
@@ -386,50 +113,175 @@ def accuracies(state: State, regularised: bool, removed: int, ranking: str, *, a
             color=plots.KEPT if chosen else _GONE,
             marker="o" if kind else "s",
             linestyle="-" if kind else (0, (5, 1.5)),
-            label=NETWORKS[kind],
+            label=label,
+            zorder=3 if chosen else 2,
         )
-    now = state.removals[regularised, ranking].accuracy[removed]
-    ax.plot([removed], [100 * now], "o", ms=12, fillstyle="none", mew=2, color=plots.PALETTE[1])
-    ax.axhline(100 / state.classes, color="#555555", linestyle=":", linewidth=1)
-    ax.set(xlabel="blocks removed", ylabel="accuracy on valid (%)", ylim=(0, 104))
-    ax.set_title(f"removed by: {ranking}")
-    ax.legend(loc="lower left")
+    now_of = state.removals[regularised, ranking].accuracy
+    mark: dict[str, Any] = {"markersize": 13, "fillstyle": "none", "markeredgewidth": 2.2}
+    ax.plot(
+        [removed],
+        [100 * now_of[removed]],
+        "o",
+        color=plots.PALETTE[1],
+        zorder=4,
+        label="_now",
+        **mark,
+    )
+    guessing = 100 / state.classes
+    ax.axhline(guessing, color="#555555", linestyle=":", linewidth=1.2, label="_guessing")
+    ax.text(-0.02 * len(now_of), guessing - 2, "guessing", fontsize=8, va="top", color="#444444")
+    ax.set(xlabel="blocks removed", ylabel="accuracy on valid (%)", ylim=(0, 125))
+    count = len(state.blocks)
+    ax.set_xticks(range(0, count + 1, 1 if count < 10 else 2 if count < 18 else 4))
+    ax.set_yticks(range(0, 101, 20))
+    ax.set_title(f"order: {ranking}")
+    ax.legend(
+        loc="upper center", ncols=2, handlelength=2.2, columnspacing=1.2, borderpad=0.1, fontsize=8
+    )
 
 
-_GONE = "#A6A6A6"
+def network(state: State, *, regularised: bool, removed: int, ranking: str, ax: Axes) -> None:
+    """Draw what is left, the path through the network, and below each block what ranks it.
+
+    The axes' unit is the point. Kept blocks are filled boxes beside the straight path, and add to
+    it; a removed one is a dashed outline that the path passes by.
+    """
+    removal = state.removals[regularised, ranking]
+    ax.set(xlim=(0, _WIDTH), ylim=(0, _LOWER))
+    ax.set_axis_off()
+    _gauges(removal, removed, ax)
+    count = len(state.blocks)
+    gone, following = removal.order[:removed], removal.order[removed : removed + 1]
+    units = sum(0.5 if name is None else 1.0 for name in state.path)
+    start, end = _LEFT + 50, _RIGHT - 46  # between these the path lies
+    unit = min(78.0, (end - start) / units)
+    x = (start + end - unit * units) / 2
+    stream, box, bottom, tall = 96.0, 113.0, 30.0, 36.0
+    width = min(0.62 * unit, 36.0)
+    names, prefix = _short(state.blocks, unit)
+    size = 8.0 if count < 16 else 6.0
+    ends = (x - 10, x + unit * units + 8)
+    ax.plot(ends, (stream, stream), color="#333333", linewidth=2.6, zorder=2, label="path")
+    ax.plot(ends[1], stream, ">", color="#333333", markersize=8, clip_on=False, zorder=2)
+    ax.text(ends[0] - 5, stream, "image", ha="right", va="center", fontsize=9)
+    ax.text(ends[1] + 8, stream, "class", ha="left", va="center", fontsize=9)
+    largest = max(float(removal.scores.max()), 1e-12)
+    branches: list[tuple[float, float]] = []
+    sums: list[float] = []
+    for name in state.path:
+        if name is None:
+            side = 0.25 * unit
+            corner = (x + 0.25 * unit - side / 2, stream - 9)
+            ax.add_artist(Rectangle(corner, side, 18, facecolor=_STAYS, edgecolor="none", zorder=3))
+            x += 0.5 * unit
+            continue
+        place, out, centre = state.blocks.index(name), name in gone, x + unit / 2
+        colour = _GONE if out else _colour(state, place)
+        style: dict[str, Any] = {
+            "facecolor": "none" if out else colour,
+            "edgecolor": colour,
+            "linestyle": (0, (3, 2)) if out else "-",
+            "linewidth": 1.2,
+            "zorder": 3,
+        }
+        rounded = f"round,pad=0,rounding_size={min(5.0, width / 4)}"
+        corner = (centre - width / 2, box)
+        ax.add_artist(FancyBboxPatch(corner, width, 30, boxstyle=rounded, label=name, **style))
+        ink = _GONE if out else "black" if place / max(1, count - 1) > 0.6 else "white"
+        bold: dict[str, Any] = {"fontweight": "bold", "ha": "center", "va": "center", "zorder": 4}
+        ax.text(centre, box + 14.5, str(place + 1), color=ink, fontsize=min(10, size + 2), **bold)
+        if not out:
+            reach = width / 2 + min(0.14 * unit, 9.0)
+            middle = box + 15
+            outside, nowhere = (centre - reach, stream), (np.nan, np.nan)
+            branches += [outside, (centre - reach, middle), (centre - width / 2, middle), nowhere]
+            branches += [(centre + width / 2, middle), (centre + reach, middle)]
+            branches += [(centre + reach, stream), nowhere]
+            sums.append(centre + reach)
+        if name in following:
+            ax.plot(centre, box + 36, "v", color=plots.PALETTE[1], markersize=6, label="_next")
+            ax.text(centre + 6, box + 33, "next", fontsize=8, color=plots.PALETTE[1])
+        score = float(removal.scores[place])
+        height = tall * score / largest
+        corner = (centre - 0.31 * unit, bottom)
+        ax.add_artist(Rectangle(corner, 0.62 * unit, height, label=f"score of {name}", **style))
+        ink = _GONE if out else "black"
+        ax.text(centre, bottom + height + 2, _number(score), ha="center", fontsize=size, color=ink)
+        ax.text(centre, bottom - 10, names[place], ha="center", fontsize=size, color=ink)
+        x += unit
+    if branches:
+        bx, by = zip(*branches, strict=True)
+        ax.plot(bx, by, color="#333333", linewidth=1.3, zorder=1, label="branches")
+        mark: dict[str, Any] = {"color": "white", "markeredgecolor": "#333333", "zorder": 5}
+        ax.plot(sums, [stream] * len(sums), "o", markersize=min(9, 0.28 * unit), **mark)
+        ax.plot(sums, [stream] * len(sums), "+", markersize=min(6, 0.2 * unit), **mark)
+    ax.text(_LEFT, bottom, fill(ranking, 11), ha="left", va="bottom", fontsize=8)
+    if prefix:
+        ax.text((start + end) / 2, 6, f"(names: {prefix})", ha="center", fontsize=8)
+
+
+def _gauges(removal: Removal, removed: int, ax: Axes) -> None:
+    """Write what is left: blocks, accuracy, MACs and latency, each over a bar of its share."""
+    accuracy, macs, latency = removal.accuracy, removal.macs, removal.latency_ms
+    count, points = len(removal.order), 100 * (accuracy[removed] - accuracy[0])
+
+    def less(values: np.ndarray) -> str:
+        return f"{100 * (values[removed] / values[0] - 1):+.0f} %"
+
+    shown = (
+        ("blocks", f"{count - removed} of {count}", 1 - removed / count, ""),
+        (
+            "accuracy on valid",
+            f"{accuracy[removed]:.1%}",
+            accuracy[removed],
+            f"{points:+.1f} points",
+        ),
+        ("MACs an image", _si(macs[removed]), macs[removed] / macs[0], less(macs)),
+        (
+            "latency of an image",
+            f"{latency[removed]:.3g} ms",
+            latency[removed] / latency[0],
+            less(latency),
+        ),
+    )
+    pitch = (_RIGHT - _LEFT + 18) / len(shown)
+    length = pitch - 18
+    for i, (label, value, share, change) in enumerate(shown):
+        x, colour = _LEFT + i * pitch, plots.PALETTE[(3, 2, 0, 5)[i]]
+        ax.text(x, 187, value, fontsize=13, fontweight="bold")
+        ax.text(x, 167, label, fontsize=8, color="#444444")
+        if removed:
+            change = change.replace("-", "\N{MINUS SIGN}")
+            ax.text(x + length, 187, change, fontsize=8, ha="right", color="#444444")
+        ax.add_artist(Rectangle((x, 177), length, 6, facecolor="#E6E6E6"))
+        ax.add_artist(Rectangle((x, 177), length * share, 6, facecolor=colour, label=label))
+
+
+def _short(names: Sequence[str], unit: float) -> tuple[list[str], str]:
+    """Return names that fit side by side, and what they all begin with where that is left out."""
+    if max(map(len, names)) * 4.6 < unit:
+        return list(names), ""
+    prefix = names[0]
+    while not all(name.startswith(prefix) for name in names):
+        prefix = prefix[:-1]
+    prefix = prefix.rstrip("0123456789")
+    return [name[len(prefix) :] for name in names], f"{prefix}…" if prefix else ""
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 or value == int(value) else f"{value:#.2g}"
+
+
+def _si(value: float) -> str:
+    scale, letter = next(
+        p for p in ((1e9, " G"), (1e6, " M"), (1e3, " K"), (1, "")) if value >= p[0]
+    )
+    return f"{value / scale:.3g}{letter}"
 
 
 def _colour(state: State, place: int) -> Any:
-    return plt.get_cmap("viridis")(0.85 * place / max(1, len(state.blocks) - 1))
-
-
-def network(state: State, regularised: bool, removed: int, ranking: str, *, ax: Axes) -> None:
-    """Draw the path through the network, each block's score under it, and what it costs."""
-    removal = state.removals[regularised, ranking]
-    gone = removal.order[:removed]
-    x = 0.0
-    for name in state.path:
-        if name is None:
-            ax.add_patch(Rectangle((x, -0.2), 0.4, 0.4, color="#777777", zorder=3))
-            x += 0.6
-            continue
-        out, place = name in gone, state.blocks.index(name)
-        colour = _GONE if out else _colour(state, place)
-        box = FancyBboxPatch(
-            (x + 0.2, 0.5),
-            0.6,
-            0.6,
-            boxstyle="round,pad=0,rounding_size=0.1",
-            facecolor="white" if out else colour,
-            edgecolor=colour,
-            linestyle="--" if out else "-",
-            label=name,
-        )
-        ax.add_patch(box)
-        x += 1.1
-    ax.plot([-0.3, x + 0.2], [0, 0], color=plots.KEPT, linewidth=2.5)
-    ax.set(xlim=(-0.5, x + 0.4), ylim=(-2, 2))
-    ax.set_axis_off()
+    """From the first block to the last, from dark to light."""
+    return plt.get_cmap("viridis")(0.88 * place / max(1, len(state.blocks) - 1))
 
 
 def describe(
@@ -445,7 +297,7 @@ def describe(
         f"The network {NETWORKS[regularised]}, {removed} of {len(state.blocks)} blocks removed by "
         f"{ranking}: {', '.join(gone) or 'none'}. What stays: {', '.join(left) or 'none'}. "
         f"Accuracy on valid ({state.images} images) {accuracy[removed]:.1%} (with all blocks "
-        f"{accuracy[0]:.1%}), {macs[removed] / 1e6:.2f} M MACs ({macs[removed] / macs[0]:.0%}), "
+        f"{accuracy[0]:.1%}), {_si(macs[removed])} MACs ({macs[removed] / macs[0]:.0%}), "
         f"{latency[removed]:.2f} ms for one image on one CPU thread "
         f"({latency[removed] / latency[0]:.0%})."
     )
