@@ -259,6 +259,15 @@ def test_dit_depends_on_time_and_label_and_place():
     assert not torch.allclose(out.roll(4, dims=-1), rolled, atol=1e-3)
 
 
+@pytest.mark.parametrize(("size", "patch"), [(8, 4), (28, 4), (32, 4), (10, 2), (9, 1)])
+def test_dit_patches_are_four_pixels_where_that_divides_the_image(size, patch):
+    model = models.build("dit_tiny", classes=2, in_channels=1, image_size=size)
+    assert model.patch_embed.kernel_size == (patch, patch)
+    assert len(model.places) == (size // patch) ** 2
+    images = torch.randn(2, 1, size, size)
+    assert model(images, torch.tensor([0, 9]), torch.tensor([0, 1])).shape == images.shape
+
+
 def test_dit_puts_patches_back_in_place():
     """With blocks that do nothing, a patch of the output depends on that patch of the input."""
     model = stirred(models.build("dit_tiny"))

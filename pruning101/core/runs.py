@@ -102,6 +102,7 @@ def check_numbers(**values: float) -> None:
         "temperature": ("a finite number above 0", lambda v: 0 < v < math.inf),
         "images": ("a whole number, 1 or more", lambda v: isinstance(v, Integral) and v >= 1),
         "ridge": ("a finite number, 0 or more", lambda v: 0 <= v < math.inf),
+        "guidance": ("a finite number, 0 or more", lambda v: 0 <= v < math.inf),
         "strength": ("a finite number, 0 or more", lambda v: 0 <= v < math.inf),
         "seed": ("a whole number, 0 or more", lambda v: isinstance(v, Integral) and v >= 0),
     }
@@ -111,11 +112,19 @@ def check_numbers(**values: float) -> None:
             raise ValueError(f"{name} must be {words}, not {value!r}.")
 
 
-def trial(role: str, model: nn.Module, images: Tensor) -> Tensor:
-    """Run the model once, in evaluation mode, so that images it cannot take are told at once."""
+def trial(
+    role: str,
+    model: nn.Module,
+    images: Tensor,
+    call: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Run the model once, in evaluation mode, so that images it cannot take are told at once.
+
+    `call(images)` runs it, where that takes more than `model(images)`.
+    """
     try:
         with mode(model, training=False), torch.no_grad():
-            return model(images)
+            return (call or model)(images)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

@@ -1,25 +1,35 @@
 """Training and evaluation: `fit` and `evaluate`, the same for every lesson, device and recipe."""
 
-import difflib
 import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from pruning101.core import masks, runs
 from pruning101.core.data import Dataset
+from pruning101.core.losses import (
+    Loss,
+    Objective,
+    answer_of,
+    check_objective,
+    hits_of,
+    known,
+    loss_named,
+    scalar,
+)
+from pruning101.core.losses import distillation as distillation
+from pruning101.core.losses import squared_error as squared_error
 from pruning101.core.steps import Epoch, History
-
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -30,25 +40,6 @@ class Score:
     loss: float
 
 
-def squared_error(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Sum over classes of (output - one-hot target)^2, averaged over the batch."""
-    targets = F.one_hot(labels, outputs.shape[1]).to(outputs.dtype)  # [B, K]
-    return (outputs - targets).square().sum(1).mean()
-
-
-def distillation(outputs: Tensor, teacher_outputs: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy to the teacher's softened answer, less its entropy, times temperature^2.
-
-    Both are logits [B, K]; the result is T^2 KL(softmax(teacher / T) || softmax(student / T)),
-    averaged over the batch. The factor T^2 keeps the size of the gradients independent of T.
-    Source: Hinton, Vinyals and Dean 2015, section 2.
-    """
-    student = F.log_softmax(outputs.float() / temperature, dim=1)
-    teacher = F.log_softmax(teacher_outputs.float() / temperature, dim=1)
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
-_LOSSES: dict[str, Loss] = {"cross_entropy": F.cross_entropy, "squared_error": squared_error}
 _SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
     "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
@@ -73,18 +64,23 @@ def evaluate(
     *,
     batch_size: int = 1024,
     loss: str | Loss = "cross_entropy",
+    objective: Objective | None = None,
     device: str | torch.device | None = None,
 ) -> Score:
     """Measure accuracy and mean loss of `model` on a split; the model is left as it was.
 
-    Runs in evaluation mode and float32 where the model is, or on a copy on `device`.
+    Runs in evaluation mode and float32 where the model is, or on a copy on `device`. With
+    `objective(model, images, labels)`, a scalar, that is the loss, and accuracy is NaN; what it
+    draws at random is the same in every call, and the global random state stays as it was.
 
     Raises:
-        ValueError: unknown split or loss, an empty split, or a model that does not take these
-            images or has not one output a class.
+        ValueError: unknown split or loss, a loss beside an objective, an empty split, or a model
+            that does not take these images or has not one output a class.
+        TypeError: an objective that cannot be called.
     """
-    loss_function = _loss(loss)
-    _known("split", split, ("train", "valid", "test"))
+    loss_function = loss_named(loss)
+    check_objective(objective, loss=loss)
+    known("split", split, ("train", "valid", "test"))
     n = len(getattr(data, split))
     if n == 0:
         raise ValueError(f"The {split} split of {data.name!r} is empty: nothing to measure on.")
@@ -95,16 +91,20 @@ def evaluate(
     losses: list[Tensor] = []
     hits: list[Tensor] = []
     dtype = runs.dtype_of(model)
-    with runs.mode(model, training=False), torch.no_grad():
+    draws = nullcontext() if objective is None else runs.seeded(0, where)
+    with runs.mode(model, training=False), torch.no_grad(), draws:
         for images, labels in data.batches(split, batch_size, device=where):
+            images = images.to(dtype)
+            answer = partial(answer_of, model, objective, labels=labels)
             if losses:
-                outputs = model(images.to(dtype))
+                outputs = answer(images)
             else:
-                outputs = runs.trial("model", model, images.to(dtype))
-                if isinstance(loss, str):
+                outputs = runs.trial("model", model, images, answer)
+                if objective is None and isinstance(loss, str):
                     _check_outputs(outputs, data)
-            losses.append(loss_function(outputs, labels) * (len(labels) / n))
-            hits.append(_hits(outputs, labels))
+            value = loss_function(outputs, labels) if objective is None else outputs
+            losses.append(value * (len(labels) / n))
+            hits.append(hits_of(outputs, labels))
     masks.refresh(model)  # the effective weights carry a gradient again
     # Numbers are read only now, so that an accelerator never waits.
     return Score(accuracy=torch.stack(hits).sum().item() / n, loss=torch.stack(losses).sum().item())
@@ -122,6 +122,7 @@ def fit(
     batch_size: int = 128,
     schedule: str | Callable[[float], float] = "constant",
     loss: str | Loss = "cross_entropy",
+    objective: Objective | None = None,
     penalty: Callable[[nn.Module], Tensor] | None = None,
     teacher: nn.Module | None = None,
     teacher_weight: float = 0.5,
@@ -136,16 +137,18 @@ def fit(
 ) -> History:
     """Train `model` in place on the train split and return one `Epoch` record an epoch.
 
-    The objective is the `loss` ("cross_entropy", "squared_error" or a function of outputs and
+    What is minimised is the `loss` ("cross_entropy", "squared_error" or a function of outputs and
     labels), plus `penalty(model)` where given. With a `teacher`, it is (1 - w) loss +
-    w `distillation` at w = `teacher_weight`. Only parameters with `requires_grad` are trained, and
-    masked weights stay zero. `momentum` is that of "sgd"; `weight_decay` is the optimiser's own
-    (decoupled for "adamw"). The rate of a step is `lr` times `schedule` of the progress in [0, 1).
-    `after_step(model)` runs after each step of the optimiser.
+    w `distillation` at w = `teacher_weight`. `objective(model, images, labels)`, a scalar, takes
+    the place of forward pass and loss, as `diffusion.denoising_loss` does; accuracies are then
+    NaN. Only parameters with `requires_grad` are trained, and masked weights stay zero. `momentum`
+    is that of "sgd"; `weight_decay` is the optimiser's own (decoupled for "adamw"). The rate of a
+    step is `lr` times `schedule` of the progress in [0, 1). `after_step(model)` runs after each
+    step of the optimiser.
 
-    Order, augmentation and dropout of an epoch depend on `seed` and its number alone; the global
-    random state is neither used nor changed. A last batch of fewer than two images a process is
-    left out of its epoch, since batch norm cannot normalise a single one.
+    Order, augmentation and dropout of an epoch, and what an objective draws, depend on `seed` and
+    its number alone; the global random state is neither used nor changed. A last batch of fewer
+    than two images a process is left out of its epoch, since batch norm cannot normalise one.
 
     The model is moved to `device`: by default where it is, if that is an accelerator, else
     `default_device()`. "auto" precision is bfloat16 on CUDA devices that have it, else float32.
@@ -157,11 +160,12 @@ def fit(
     run. Functions are compared by name only. A progress bar shows on a terminal, and vanishes.
 
     Raises:
-        ValueError: a setting out of range, data and model that do not fit, or a checkpoint that is
-            damaged or was made with other settings; all before any training.
+        ValueError: a setting out of range, a loss or teacher beside an objective, data and model
+            that do not fit, or a checkpoint that is damaged or was made with other settings; all
+            before any training.
         OSError: the checkpoint cannot be written where it is to be.
-        TypeError: a penalty, teacher or after_step that cannot be called.
-        FloatingPointError: the objective is no longer finite; names epoch and step.
+        TypeError: an objective, penalty, teacher or after_step that cannot be called.
+        FloatingPointError: what is minimised is no longer finite; names epoch and step.
     """
     runs.check_numbers(
         epochs=epochs,
@@ -173,13 +177,14 @@ def fit(
         temperature=temperature,
         seed=seed,
     )
-    _known("optimizer", optimizer, _OPTIMIZERS)
-    _known("precision", precision, _PRECISIONS)
-    loss_function = _loss(loss)
+    known("optimizer", optimizer, _OPTIMIZERS)
+    known("precision", precision, _PRECISIONS)
+    loss_function = loss_named(loss)
+    check_objective(objective, loss=loss, teacher=teacher)
     if callable(schedule):
         factor = schedule
     else:
-        factor = _SCHEDULES[_known("schedule", schedule, _SCHEDULES)]
+        factor = _SCHEDULES[known("schedule", schedule, _SCHEDULES)]
     for name, given in (("penalty", penalty), ("teacher", teacher), ("after_step", after_step)):
         if given is not None and not callable(given):
             raise TypeError(f"{name} must be None or something to call, not {given!r}.")
@@ -201,9 +206,11 @@ def fit(
     model.to(where)
     masks.refresh(model)
     dtype = runs.dtype_of(model)
-    images, _ = next(iter(data.batches("train", 2, device=where)))
-    outputs = runs.trial("model", model, images.to(dtype))
-    if isinstance(loss, str):
+    images, labels = next(iter(data.batches("train", 2, device=where)))
+    with runs.seeded(seed, where):
+        answer = partial(answer_of, model, objective, labels=labels)
+        outputs = runs.trial("model", model, images.to(dtype), answer)
+    if objective is None and isinstance(loss, str):
         _check_outputs(outputs, data)
     if teacher is not None:
         teacher = masks.clone(teacher).to(where).eval()
@@ -229,6 +236,7 @@ def fit(
             "batch_size": batch_size,
             "schedule": _name(schedule),
             "loss": _name(loss),
+            "objective": _name(objective),
             "penalty": _name(penalty),
             "teacher": None if teacher is None else runs.digest(teacher.state_dict().values()),
             "teacher_weight": teacher_weight,
@@ -248,19 +256,19 @@ def fit(
         group.wait()
     group.share(model)
 
-    def objective_of(images: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    def minimised(images: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
         with torch.autocast(where.type, torch.bfloat16, enabled=bfloat16):
-            outputs = model(images)
-            objective = loss_function(outputs, labels)
+            outputs = answer_of(model, objective, images, labels)
+            value = loss_function(outputs, labels) if objective is None else outputs
             if teacher is not None:
                 with torch.no_grad():
                     answers = teacher(images)
                 lesson = distillation(outputs, answers, temperature)
-                objective = (1 - teacher_weight) * objective + teacher_weight * lesson
-            objective = share * objective
+                value = (1 - teacher_weight) * value + teacher_weight * lesson
+            value = share * value
             if penalty is not None:
-                objective = objective + _scalar(penalty(model)) / group.size
-        return objective, _hits(outputs.detach(), labels)
+                value = value + scalar(penalty(model), "penalty(model)") / group.size
+        return value, hits_of(outputs.detach(), labels)
 
     check_every = 1 if where.type == "cpu" else 50  # reading a number makes an accelerator wait
     done = len(history)
@@ -293,9 +301,9 @@ def fit(
                         settings_of["lr"] = rate
                     images, labels, share = group.part(images, labels)
                     optimiser.zero_grad()
-                    objective, hits[step] = objective_of(images.to(dtype), labels, share)
-                    objective.backward()
-                    losses[step] = objective.detach()
+                    value, hits[step] = minimised(images.to(dtype), labels, share)
+                    value.backward()
+                    losses[step] = value.detach()
                     group.sum([losses[step], hits[step], *(p.grad for p in parameters)])
                     if (step + 1) % check_every == 0 or step + 1 == steps:
                         _check_finite(losses[: step + 1], epoch, rate)
@@ -305,7 +313,7 @@ def fit(
                         after_step(model)
                     bar.update()
                 group.average_norms(model)
-                valid = evaluate(model, data, "valid", loss=loss)
+                valid = evaluate(model, data, "valid", loss=loss, objective=objective)
             weights = torch.tensor(sizes) / sum(sizes)
             history.append(
                 Epoch(
@@ -318,32 +326,13 @@ def fit(
                     seconds=time.perf_counter() - start,
                 )
             )
-            bar.set_postfix(valid=f"{valid.accuracy:.1%}")
+            shown = f"{valid.accuracy:.1%}" if objective is None else f"{valid.loss:.4f}"
+            bar.set_postfix(valid=shown)
             if checkpoint is not None and group.rank == 0:
                 runs.save(checkpoint, settings, history, model, optimiser)
     optimiser.zero_grad()
     group.wait()
     return history
-
-
-def _scalar(value: Any) -> Tensor:
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        given = f"one of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        raise ValueError(f"penalty(model) must give a tensor of one number, not {given}.")
-    return value.reshape(())
-
-
-def _known(what: str, name: str, names: Iterable[str]) -> str:
-    names = list(names)
-    if name not in names:
-        near = difflib.get_close_matches(str(name), names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; choose one of {names}."
-        raise ValueError(f"Unknown {what} {name!r}{hint}")
-    return name
-
-
-def _loss(loss: str | Loss) -> Loss:
-    return loss if callable(loss) else _LOSSES[_known("loss", loss, _LOSSES)]
 
 
 def _name(setting: Any) -> str | None:
@@ -380,13 +369,6 @@ def _check_outputs(outputs: Tensor, data: Dataset) -> None:
             f"The model gives outputs of shape {list(outputs.shape)}, but {data.name!r} has "
             f"{len(data.classes)} classes; build it with classes={len(data.classes)}."
         )
-
-
-def _hits(outputs: Tensor, labels: Tensor) -> Tensor:
-    """How many of the batch are right; NaN where outputs are not one number a class."""
-    if outputs.ndim != 2:
-        return outputs.new_tensor(math.nan)
-    return (outputs.argmax(1) == labels).sum().float()
 
 
 def _check_finite(losses: Tensor, epoch: int, rate: float) -> None:

@@ -1,5 +1,6 @@
 """Vision and diffusion transformers for small images, written plainly."""
 
+import math
 from collections import OrderedDict
 
 import torch
@@ -120,13 +121,16 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """Class-conditional diffusion transformer (Peebles and Xie 2023), here 6 x 128 with 4 heads.
 
+    Patches are 4 pixels a side, or 2 or 1 where 4 do not divide the image.
+
     `labels` may also be `classes`, one past the last: no class, for classifier-free guidance. The
     output starts at zero (the last layer is zero) and predicts the noise alone, no variance.
     """
 
     def __init__(self, classes: int, in_channels: int, image_size: int) -> None:
         super().__init__()
-        width, self.patch, self.side = 128, _patch(image_size), image_size // _patch(image_size)
+        width, self.patch = 128, math.gcd(image_size, 4)
+        self.side = image_size // self.patch
         self.patch_embed = nn.Conv2d(in_channels, width, self.patch, stride=self.patch)
         grid = torch.arange(self.side)
         across, down = _waves(grid, width // 2), _waves(grid, width // 2)  # [side, D / 2]
