@@ -17,7 +17,7 @@ from pruning101.core.files import written_whole
 from pruning101.core.measure import footprint
 from pruning101.core.steps import History
 from pruning101.core.training import default_device, evaluate, fit
-from pruning101.lacoot import block_distances, remove_blocks
+from pruning101.lacoot import block_distances, relative_change, remove_blocks
 from pruning101.layer_folding import fold, fold_iteratively
 
 from .lacoot_table import OURS, PENALTIES, PROFILES, load_data, trained
@@ -72,9 +72,8 @@ def from_scratch(kind: str, run: Run) -> Outcome:
 def without_blocks(kind: str, run: Run) -> Outcome:
     """Train, then remove every removable block, in ascending order of the penalty's distance."""
     start = from_scratch(kind, run)
-    options = {k: v for k, v in (PENALTIES[kind] or {}).items() if k != "strength"}
     batches = run.data.batches("valid", 125, device=runs.device_of(start.model))
-    distances = block_distances(start.model, batches, **options)
+    distances = distances_of(kind, start.model, batches)
     scores = (evaluate(start.model, run.data, split).accuracy for split in ("valid", "test"))
     after = [dict(zip(("valid_accuracy", "test_accuracy"), scores, strict=True))]
     model = start.model
@@ -91,6 +90,14 @@ def without_blocks(kind: str, run: Run) -> Outcome:
             }
         )
     return Outcome(model, start.epochs, start.seconds, after)
+
+
+def distances_of(kind: str, model: nn.Module, batches: Any) -> dict[str, float]:
+    """Return what the penalty of a kind measures of each block, the smallest first."""
+    options = {k: v for k, v in (PENALTIES[kind] or {}).items() if k != "strength"}
+    if options.get("measure") == "relative":
+        return relative_change(model, batches)
+    return block_distances(model, batches, **options)
 
 
 def healed(before: str, run: Run) -> Outcome:
@@ -151,6 +158,7 @@ RUNS: dict[str, Callable[[Run], Outcome]] = {
     "original": partial(from_scratch, "plain"),
     **{method: partial(in_rounds, method) for method in RECIPES},
     "lacoot_published": partial(without_blocks, "random"),
+    "lacoot_weak": partial(without_blocks, "random_weak"),
     "lacoot": partial(without_blocks, OURS),
     "healed": partial(healed, "lacoot"),
     "shallow": partial(from_scratch, "shallow"),

@@ -53,12 +53,12 @@ PROFILES: dict[str, dict[str, Any]] = {
             "augment": True,
             "precision": "bfloat16",
         },
-        "from_scratch": {"epochs": 15, "lr": 0.05},
-        "layer_folding": {"epochs": 10, "finetune_epochs": 5, "lr": 0.02, "force": True},
-        "egp": {"rounds": 3, "epochs": 4, "lr": 0.02},
-        "nepenthe": {"rounds": 3, "epochs": 4, "lr": 0.02},
-        "easier": {"removals": 4, "epochs": 4, "lr": 0.02},
-        "healing": {"epochs": 5, "lr": 0.02},
+        "from_scratch": {"epochs": 10, "lr": 0.05},
+        "layer_folding": {"epochs": 7, "finetune_epochs": 3, "lr": 0.02, "force": True},
+        "egp": {"rounds": 3, "epochs": 3, "lr": 0.02},
+        "nepenthe": {"rounds": 3, "epochs": 3, "lr": 0.02},
+        "easier": {"removals": 4, "epochs": 3, "lr": 0.02},
+        "healing": {"epochs": 3, "lr": 0.02},
     },
     "paper": {
         "dataset": {"name": "cifar10"},
@@ -92,9 +92,11 @@ PENALTIES: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "shallow": None,
     "random": {"strength": 5.0},
+    "random_weak": {"strength": 1.0},
     "ascent": {"strength": 0.1, "direction": "ascent"},
     "random_normalised": {"strength": 1.0, "normalise": True},
     "ascent_normalised": {"strength": 1.0, "direction": "ascent", "normalise": True},
+    "relative": {"strength": 1.0, "measure": "relative"},
 }
 OURS = "ascent"
 
@@ -105,6 +107,7 @@ ROWS = (
     "nepenthe",
     "easier",
     "lacoot_published",
+    "lacoot_weak",
     "lacoot",
     "healed",
     "shallow",
@@ -127,7 +130,7 @@ PAPER: dict[str, dict[str, float]] = {  # test accuracy in %, multiply-adds, mil
 
 def settings(profile: str) -> dict[str, Any]:
     """Return what a run's figures depend on, as JSON takes it; functions are named."""
-    kinds = {kind: PENALTIES[kind] for kind in ("random", OURS)}
+    kinds = {kind: PENALTIES[kind] for kind in ("random", "random_weak", OURS)}
     chosen = {"recipe": PROFILES[profile], "penalties": kinds, "lacoot": OURS}
     return dict(json.loads(json.dumps(chosen, default=lambda f: f.__qualname__)))
 

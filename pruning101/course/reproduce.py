@@ -150,9 +150,9 @@ def table(summary: list[dict[str, Any]]) -> "pandas.DataFrame":
                 "minutes": f"{one['seconds']['mean'] / 60:.1f}",
                 "epochs": f"{one['epochs']['mean']:.0f}",
                 "paper: %": paper.get("accuracy", ""),
-                "M MACs ": paper["macs"] / 1e6 if paper else "",
-                "ms ": paper.get("latency_ms", ""),
-                "minutes ": paper.get("minutes", ""),
+                "paper: M MACs": paper["macs"] / 1e6 if paper else "",
+                "paper: ms": paper.get("latency_ms", ""),
+                "paper: minutes": paper.get("minutes", ""),
             }
         )
     return pandas.DataFrame(rows)
