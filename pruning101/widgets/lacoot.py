@@ -170,9 +170,9 @@ def network(state: State, *, regularised: bool, removed: int, ranking: str, ax: 
     sums: list[float] = []
     for name in state.path:
         if name is None:
-            side = 0.25 * unit
-            corner = (x + 0.25 * unit - side / 2, stream - 9)
-            ax.add_artist(Rectangle(corner, side, 18, facecolor=_STAYS, edgecolor="none", zorder=3))
+            grey: dict[str, Any] = {"facecolor": _STAYS, "label": "other layers", "zorder": 3}
+            corner = (x + 0.125 * unit, stream - 9)
+            ax.add_artist(Rectangle(corner, 0.25 * unit, 18, edgecolor="none", **grey))
             x += 0.5 * unit
             continue
         place, out, centre = state.blocks.index(name), name in gone, x + unit / 2
@@ -216,8 +216,10 @@ def network(state: State, *, regularised: bool, removed: int, ranking: str, ax: 
         ax.plot(sums, [stream] * len(sums), "o", markersize=min(9, 0.28 * unit), **mark)
         ax.plot(sums, [stream] * len(sums), "+", markersize=min(6, 0.2 * unit), **mark)
     ax.text(_LEFT, bottom, fill(ranking, 11), ha="left", va="bottom", fontsize=8)
+    note: dict[str, Any] = {"ha": "right", "va": "bottom", "fontsize": 7, "color": "#666666"}
+    ax.text(_RIGHT, bottom, "grey: layers\nthat stay", **note)
     if prefix:
-        ax.text((start + end) / 2, 6, f"(names: {prefix})", ha="center", fontsize=8)
+        ax.text((start + end) / 2, 6, f"(names begin with {prefix})", ha="center", fontsize=8)
 
 
 def _gauges(removal: Removal, removed: int, ax: Axes) -> None:
@@ -265,7 +267,7 @@ def _short(names: Sequence[str], unit: float) -> tuple[list[str], str]:
     while not all(name.startswith(prefix) for name in names):
         prefix = prefix[:-1]
     prefix = prefix.rstrip("0123456789")
-    return [name[len(prefix) :] for name in names], f"{prefix}…" if prefix else ""
+    return [name[len(prefix) :] for name in names], prefix
 
 
 def _number(value: float) -> str:
