@@ -156,6 +156,28 @@ def test_guidance_goes_on_beyond_the_class():
         torch.testing.assert_close(images[0], means[2] + guidance * (means[1] - means[2]))
 
 
+def test_limits_are_black_and_white_and_clamp_what_a_step_foresees():
+    data = load("digits")
+    low, high = diffusion.limits(data)
+    (images, _), *_ = data.batches("train", len(data.train))
+    assert low.shape == high.shape == (1, 1, 1)
+    assert (images.min(), images.max()) == (pytest.approx(low.item()), pytest.approx(high.item()))
+    means = torch.tensor([-5.0, 0.5]).double().view(2, 1, 1, 1).expand(2, 1, 4, 4)
+    made = diffusion.sample(Knows(means), [0], image_shape=(1, 4, 4), limits=(low, high))
+    torch.testing.assert_close(made, low.double().expand(1, 1, 4, 4))
+    options = {"image_shape": (1, 4, 4), "guidance": 0.0, "steps": 9}
+    inside = diffusion.sample(Knows(means), [0], **options, limits=(low, high))
+    torch.testing.assert_close(inside, means[1:], rtol=1e-9, atol=1e-9)
+    # an error of the first step alone: clamped, it is undone by the steps that follow
+    errs = Knows(means)
+    errs.register_forward_hook(lambda m, args, out: out + 0.5 * (args[1] == 999)[0])
+    torch.testing.assert_close(diffusion.sample(errs, [0], **options, limits=(low, high)), inside)
+    silent = stirred()
+    made = diffusion.sample(silent, [1], image_shape=(1, 8, 8), limits=(low, high))
+    assert (made >= low).all()
+    assert (made <= high).all()
+
+
 def test_the_model_is_asked_once_a_step_and_twice_with_guidance():
     asked = []
     for guidance in (1.0, 2.0):

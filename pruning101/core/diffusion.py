@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pruning101.core import masks, runs
+from pruning101.core.data import Dataset
 
 TIMESTEPS = 1000
 _DROPPED = 0.1  # the share of labels that training replaces by "no class"
@@ -76,6 +77,15 @@ def denoising_loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return F.mse_loss(model(noised(images, timesteps, noise), timesteps, labels).float(), noise)
 
 
+def limits(data: Dataset) -> tuple[Tensor, Tensor]:
+    """Return what black and white are in the normalised images of ``data``: two tensors [C, 1, 1].
+
+    For :func:`sample`.
+    """
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
+    return -mean / std, (1 - mean) / std
+
+
 def sample(
     model: nn.Module,
     labels: Tensor | Sequence[int],
@@ -83,6 +93,7 @@ def sample(
     image_shape: Sequence[int],
     steps: int = 50,
     guidance: float = 1.0,
+    limits: tuple[Tensor, Tensor] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Tensor:
@@ -95,7 +106,10 @@ def sample(
         eps = eps(no class) + w (eps(label) - eps(no class))
 
     so that 0 ignores the label, 1 is the model's own prediction, and more exaggerates the class.
-    The walk itself is deterministic; the noise that it begins with depends on ``seed`` alone.
+    With ``limits``, the least and greatest values of a pixel (:func:`limits`), the clean image that
+    a step foresees is clamped to them: early steps multiply a prediction's error by up to 150, and
+    a model that is not very good walks off without them. The walk itself is deterministic; the
+    noise that it begins with depends on ``seed`` alone.
     In ``eval`` mode; the model stays as it was. A progress bar shows on a terminal, and vanishes.
 
     Source: Song et al. 2021, eq. 12 with sigma = 0; Ho and Salimans 2022, eq. 6 (their w is one
@@ -126,6 +140,7 @@ def sample(
             f"labels must be in [0, {none - 1}], the classes of the model, not "
             f"{wanted.min().item()} to {wanted.max().item()}."
         )
+    bounds = [limit.to(device, dtype) for limit in limits or ()]
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(len(wanted), *image_shape, generator=generator).to(device, dtype)
 
@@ -153,6 +168,9 @@ def sample(
                 kept_next = 1.0 if following is None else _KEPT[following].item()
                 noise = predicted(x, t, y)
                 clean = (x - (1 - kept) ** 0.5 * noise) / kept**0.5
+                if limits is not None:
+                    clean = clean.clamp(*bounds)
+                    noise = (x - kept**0.5 * clean) / (1 - kept) ** 0.5
                 x = kept_next**0.5 * clean + (1 - kept_next) ** 0.5 * noise
                 bar.update()
             done.append(x)
