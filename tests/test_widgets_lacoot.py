@@ -154,17 +154,28 @@ def test_networks_of_different_blocks_are_refused(digits):
 
 
 def test_distances_and_rankings_are_normalised_alike(digits):
-    settings = {**SETTINGS, "epochs": 1, "progress": False, "normalise": True}
-    settings |= {"direction": "ascent"}
+    options = {"direction": "ascent", "normalise": True}
+    settings = {**SETTINGS, "epochs": 1, "progress": False, **options}
     state = widget.precompute(network(), digits, strength=0.1, **settings)
     assert (state.trained[True].distances <= 2).all()
     batches = list(digits.batches("valid", 128))
-    options = {"direction": "ascent", "normalise": True}
     expected = lacoot.block_distances(state.trained[True].model, batches, **options)
-    assert state.ranking == widget.RANKINGS[1]
+    assert state.ranking == widget.MAXIMISED
     assert state.removals[True, state.ranking].order == tuple(expected)
     figure = widget.draw(state)
     assert figure.axes[0].get_ylabel() == "distance (in the features' size)"
+    plt.close(figure)
+
+
+def test_a_penalty_on_the_relative_change_is_noted_as_such(digits, state):
+    settings = {**SETTINGS, "epochs": 1, "progress": False, "measure": "relative"}
+    one, two = (widget.train(network(), digits, strength=s, **settings) for s in (0.1, 0))
+    with pytest.raises(ValueError, match="must be measured alike"):
+        widget.from_trained(one, state.trained[False], digits)
+    relative = widget.from_trained(one, two, digits, repeats=1, progress=False)
+    assert relative.ranking == widget.CHANGE
+    figure = widget.draw(relative)
+    assert figure.axes[0].get_ylabel() == "relative change"
     plt.close(figure)
 
 

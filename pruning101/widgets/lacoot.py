@@ -17,7 +17,13 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from pruning101.core import plots
 from pruning101.widgets import base
+from pruning101.widgets.lacoot_state import CHANGE as CHANGE
+from pruning101.widgets.lacoot_state import INFLUENCE as INFLUENCE
+from pruning101.widgets.lacoot_state import LAST as LAST
+from pruning101.widgets.lacoot_state import MAXIMISED as MAXIMISED
+from pruning101.widgets.lacoot_state import RANDOM as RANDOM
 from pruning101.widgets.lacoot_state import RANKINGS as RANKINGS
+from pruning101.widgets.lacoot_state import SHUFFLED as SHUFFLED
 from pruning101.widgets.lacoot_state import Removal as Removal
 from pruning101.widgets.lacoot_state import State as State
 from pruning101.widgets.lacoot_state import Trained as Trained
@@ -79,7 +85,8 @@ def distances(state: State, *, regularised: bool, removed: int, ranking: str, ax
         ax.text(x, y, str(i + 1), color=inks[-1], fontsize=8, va="center", ha="center")
     ax.add_collection(LineCollection(leaders, colors=inks, linewidths=0.6), autolim=False)
     unit = "in the features' size" if trained.normalise else "in the features' unit"
-    ax.set(xlabel="training step", ylabel=f"distance ({unit})", yscale="log")
+    what = "relative change" if trained.measure == "relative" else f"distance ({unit})"
+    ax.set(xlabel="training step", ylabel=what, yscale="log")
     ax.set(xlim=(0, last * (1.1 + 0.07 * (columns - 1))), ylim=(low, high))
     ticks = [m * 10.0**e for e in range(-12, 12) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
     ticks = ticks if len(ticks) < 8 else [t for t in ticks if f"{t:e}"[0] == "1"]

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pruning101 import lacoot
-from pruning101.core import masks, measure, structure
+from pruning101.core import masks, structure
 from pruning101.core.block_features import chosen_blocks
 from pruning101.core.data import Dataset
+from pruning101.core.measure import macs as count_macs
 from pruning101.core.steps import History
 from pruning101.core.surgery import put
 from pruning101.core.training import evaluate, fit
@@ -31,13 +32,15 @@ class Trained:
     """A trained network, and its blocks' distances in some of the training steps.
 
     ``steps`` [points] counts from 1; ``distances`` [points, blocks] are those of ``blocks``, named
-    in the network's order, measured with ``direction`` and ``normalise``.
+    in the network's order, by ``measure``, ``direction`` and ``normalise``, which are those of
+    ``lacoot.BlockDistances``.
     """
 
     model: nn.Module
     blocks: tuple[str, ...]
     steps: np.ndarray
     distances: np.ndarray
+    measure: lacoot.Measure = "wasserstein"
     direction: Direction = "random"
     normalise: bool = False
     history: History | None = None
@@ -77,8 +80,11 @@ class State:
 
     @property
     def ranking(self) -> str:
-        """The ranking by the distance that the regulariser lowers."""
-        return MAXIMISED if self.trained[True].direction == "ascent" else RANDOM
+        """The ranking by what the regulariser lowers."""
+        trained = self.trained[True]
+        if trained.measure == "relative":
+            return CHANGE
+        return MAXIMISED if trained.direction == "ascent" else RANDOM
 
 
 def precompute(
@@ -89,7 +95,6 @@ def precompute(
     strength: float,
     epochs: int,
     lr: float,
-    direction: Direction = "random",
     seed: int = 0,
     progress: bool = True,
     **options: Any,
@@ -100,7 +105,7 @@ def precompute(
     second alone. ``options`` are further ones of :func:`train`.
     """
     settings: dict[str, Any] = {"epochs": epochs, "lr": lr, "seed": seed, "progress": progress}
-    settings |= {"blocks": blocks, "direction": direction, **options}
+    settings |= {"blocks": blocks, **options}
     regularised, plain = (train(model, data, strength=s, **settings) for s in (strength, 0.0))
     return from_trained(regularised, plain, data, seed=seed, progress=progress)
 
@@ -113,6 +118,7 @@ def train(
     epochs: int,
     lr: float,
     blocks: Sequence[str] | None = None,
+    measure: lacoot.Measure = "wasserstein",
     direction: Direction = "random",
     normalise: bool = False,
     points: int = 40,
@@ -123,6 +129,7 @@ def train(
 
     What is kept are the means of ``points`` stretches of training, each under its last step. With
     ``strength`` 0 distances are only measured, and training gives what it gives without.
+    ``measure``, ``direction`` and ``normalise`` are those of ``lacoot.BlockDistances``, and
     ``options`` are further ones of ``training.fit``.
 
     Raises:
@@ -133,7 +140,7 @@ def train(
     names = tuple(
         name for name in _path(copy, chosen_blocks(copy, blocks, example), example) if name
     )
-    how: dict[str, Any] = {"direction": direction, "normalise": normalise}
+    how: dict[str, Any] = {"measure": measure, "direction": direction, "normalise": normalise}
     seen: list[Tensor] = []
     with lacoot.BlockDistances(copy, names, seed=seed, **how) as distances:
         regulariser = distances.penalty(strength)
@@ -168,7 +175,8 @@ def from_trained(
     image on one CPU thread, and networks of the same build share it. The models stay as they were.
 
     Raises:
-        ValueError: the networks have not the same blocks, or no distance of theirs was noted.
+        ValueError: the networks have not the same blocks, their distances were not measured
+            alike, or none was noted.
     """
     blocks = regularised.blocks
     if plain.blocks != blocks:
@@ -177,6 +185,12 @@ def from_trained(
             "from one model."
         )
     trained = {True: regularised, False: plain}
+    measures = [(each.measure, each.direction, each.normalise) for each in trained.values()]
+    if measures[0] != measures[1]:
+        raise ValueError(
+            f"Both networks' distances must be measured alike, not by {measures[0]} and "
+            f"{measures[1]}: train both with the same measure, direction and normalise."
+        )
     if not all(len(each.steps) for each in trained.values()):
         raise ValueError("No distance was noted in training: train for one epoch or more.")
     how: dict[str, Any] = {"blocks": blocks, "normalise": regularised.normalise}
@@ -284,7 +298,7 @@ def _costs(
     macs: dict[frozenset[str], int] = {}
     for gone in subsets:
         with _without(model, gone):
-            macs[gone] = measure.macs(model, image)
+            macs[gone] = count_macs(model, image)
     kind_of = {
         gone: (macs[gone], *sorted(repr(model.get_submodule(name)) for name in gone))
         for gone in subsets
