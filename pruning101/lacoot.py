@@ -29,6 +29,7 @@ from pruning101.core.block_features import (
 from pruning101.core.block_scores import angular_distance as angular_distance
 from pruning101.core.block_scores import block_influence as block_influence
 from pruning101.core.block_scores import laco_merge as laco_merge
+from pruning101.core.block_scores import mean_relative_change
 from pruning101.core.block_scores import random_order as random_order
 from pruning101.core.block_scores import relative_change as relative_change
 from pruning101.core.data import Dataset
@@ -39,6 +40,7 @@ from pruning101.core.transport import Direction, check_options
 from pruning101.core.transport import max_sliced_wasserstein as max_sliced_wasserstein
 
 Order = Literal["distance", "reference", "last"]
+Measure = Literal["wasserstein", "relative"]
 
 # --- the distances of blocks -------------------------------------------------------------------
 
@@ -53,12 +55,20 @@ class BlockDistances:
 
     ``blocks`` are names; without them all that :func:`structure.removable_blocks` finds with
     ``example``, one input batch or a tuple for ``model(*example)``. An input's features are one
-    sample, whatever the batch's size. ``n_projections``, ``p``, ``direction`` and ``normalise``
-    are those of :func:`max_sliced_wasserstein`. Gradients go to input and output.
+    sample, whatever the batch's size. Gradients go to input and output. ``measure`` is
 
-    Every step draws directions of its own, from ``generator``, or from ``seed`` and the seed that
-    ``torch`` was last given: that is new in each epoch of ``fit``, so that a run that goes on from
-    a checkpoint draws what an uninterrupted one does. The global random state is not used.
+    - ``"wasserstein"``: :func:`max_sliced_wasserstein`, the paper's, whose options
+      ``n_projections``, ``p``, ``direction``, ``iterations`` and ``normalise`` are; or
+    - ``"relative"``: the mean of |output - input| / |input|, what :func:`relative_change` ranks
+      by: each output is compared with its own input, not one set of features with the other.
+
+    With "ascent" the climb is a short one, so that a step stays cheap: no random starts and 4
+    iterations, unless told otherwise. Nothing is kept from step to step, since the best direction
+    for one batch is none for the next.
+
+    Every step draws random directions of its own, from ``generator``, or from ``seed`` and the seed
+    that ``torch`` was last given: that is new in each epoch of ``fit``, so that a run that goes on
+    from a checkpoint draws what an uninterrupted one does. The global random state is not used.
 
     Only forward passes in training mode count; hooks are off after the ``with`` statement, however
     it ends. Copies of the model measure nothing. ``latest`` holds the last step's distances.
@@ -76,23 +86,34 @@ class BlockDistances:
         blocks: Sequence[str] | None = None,
         *,
         example: Example | None = None,
-        n_projections: int = 50,
+        measure: Measure = "wasserstein",
+        n_projections: int | None = None,
         p: float = 2,
         direction: Direction = "random",
+        iterations: int = 4,
         normalise: bool = False,
         generator: torch.Generator | None = None,
         seed: int = 0,
     ) -> None:
-        check_options(n_projections, p, direction)
+        if measure not in ("wasserstein", "relative"):
+            raise ValueError(f'measure must be "wasserstein" or "relative", not {measure!r}.')
+        given = n_projections, p, direction, iterations, normalise
+        if measure == "relative" and given != (None, 2, "random", 4, False):
+            raise ValueError(
+                'measure="relative" takes no n_projections, p, direction, iterations or normalise; '
+                "leave them out."
+            )
+        if n_projections is None:
+            n_projections = 50 if direction == "random" else 0
+        check_options(n_projections, p, direction, iterations)
         runs.check_numbers(seed=seed)
         self.model = model
         self.blocks = chosen_blocks(model, blocks, example)
-        self.options: dict[str, Any] = {
-            "n_projections": n_projections,
-            "p": p,
-            "direction": direction,
-            "normalise": normalise,
-        }
+        self.measure = measure
+        self.options: dict[str, Any] = {}
+        if measure == "wasserstein":
+            self.options |= {"n_projections": n_projections, "p": p, "direction": direction}
+            self.options |= {"iterations": iterations, "normalise": normalise}
         self.seed = seed
         self.latest: dict[str, Tensor] = {}
         self._given = generator
@@ -112,10 +133,13 @@ class BlockDistances:
 
         Once a forward pass: the features are let go of.
         """
-        found = {
-            name: _distance(name, x, y, generator=self._generator(x.device), **self.options)
-            for name, (x, y) in self._features.take().items()
-        }
+        found = {}
+        for name, (x, y) in self._features.take().items():
+            if self.measure == "relative":
+                found[name] = _relative(name, x, y)
+            else:
+                generator = self._generator(x.device)
+                found[name] = _distance(name, x, y, generator=generator, **self.options)
         self.latest = {name: distance.detach() for name, distance in found.items()}
         return found
 
@@ -133,7 +157,8 @@ class BlockDistances:
             return strength * torch.stack(list(self.distances().values())).mean()
 
         # What a checkpoint compares, so that none is continued with another penalty.
-        options = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+        named = {"measure": self.measure, **self.options}
+        options = ", ".join(f"{k}={v!r}" for k, v in named.items())
         mean_distance.__qualname__ = f"BlockDistances.penalty({strength}, {options})"
         return mean_distance
 
@@ -154,6 +179,16 @@ def _distance(name: str, x: Tensor, y: Tensor, **options: Any) -> Tensor:
         raise ValueError(f"Block {name!r} cannot be measured: {error}") from error
 
 
+def _relative(name: str, x: Tensor, y: Tensor) -> Tensor:
+    change = mean_relative_change(x, y)
+    if change.device.type == "cpu" and not change.isfinite():
+        raise ValueError(
+            f"Block {name!r} cannot be measured: The features hold NaN or infinity; look for them "
+            "in weights and inputs."
+        )
+    return change
+
+
 def block_distances(
     model: nn.Module,
     batches: InputBatches,
@@ -162,6 +197,7 @@ def block_distances(
     n_projections: int = 50,
     p: float = 2,
     direction: Direction = "random",
+    iterations: int = 12,
     normalise: bool = False,
     generator: torch.Generator | None = None,
 ) -> dict[str, float]:
@@ -179,7 +215,7 @@ def block_distances(
         ValueError: no removable block (with every candidate's reason), an unknown one or one that
             changes the shape, no batches, a batch of one, NaN features, or an option out of range.
     """
-    check_options(n_projections, p, direction)
+    check_options(n_projections, p, direction, iterations)
 
     def measure(name: str, x: Tensor, y: Tensor) -> Tensor:
         nonlocal generator
@@ -192,6 +228,7 @@ def block_distances(
             n_projections=n_projections,
             p=p,
             direction=direction,
+            iterations=iterations,
             generator=generator,
             normalise=normalise,
         )

@@ -1,6 +1,7 @@
 """The max-sliced Wasserstein distance, the penalty, what ranks blocks, and their removal."""
 
 import dataclasses
+import itertools
 import math
 import pickle
 import weakref
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pruning101 import lacoot
 from pruning101.core import masks, models, structure
+from pruning101.core.block_scores import mean_relative_change
 from pruning101.core.data import Split, from_tensors, load
 from pruning101.core.measure import footprint
 from pruning101.core.steps import History
@@ -132,7 +134,7 @@ def test_ascent_finds_the_best_direction_in_the_plane(p, counts, seed):
 
 @pytest.mark.parametrize("d", [12, 400])  # more samples than dimensions, and fewer
 @pytest.mark.parametrize("counts", [(30, 30), (30, 20)])
-def test_ascent_climbs_beyond_where_it_starts(d, counts, monkeypatch):
+def test_ascent_climbs_beyond_where_it_starts(d, counts):
     # as wide along one direction as y is narrow: means agree, and the start has to turn
     x, y = features(counts[0], d), features(counts[1], d, seed=1)
     y = y - y.mean(0) + x.mean(0)
@@ -142,9 +144,65 @@ def test_ascent_climbs_beyond_where_it_starts(d, counts, monkeypatch):
     random = lacoot.max_sliced_wasserstein(x, y)
     assert float(found) >= float(along_first)
     assert float(found) > 1.3 * float(random)
-    monkeypatch.setattr("pruning101.core.transport._ITERATIONS", 0)
-    start = float(lacoot.max_sliced_wasserstein(x, y, direction="ascent"))
+    start = float(lacoot.max_sliced_wasserstein(x, y, direction="ascent", iterations=0))
     assert float(found) > (1.1 if d == 400 else 1.002) * start
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, math.inf])
+@pytest.mark.parametrize("counts", [(20, 20), (20, 31)])
+@pytest.mark.parametrize("n_projections", [0, 5])
+def test_no_iteration_of_the_ascent_leads_down(p, counts, n_projections):
+    for seed in range(3):
+        x, y = features(counts[0], 50, seed), 1.5 * features(counts[1], 50, seed + 9)
+        values = [
+            float(
+                lacoot.max_sliced_wasserstein(
+                    x, y, direction="ascent", iterations=i, n_projections=n_projections, p=p
+                )
+            )
+            for i in range(9)
+        ]
+        assert all(b >= a * (1 - 1e-12) for a, b in itertools.pairwise(values))
+        assert values[-1] > 1.05 * values[0]
+
+
+def test_directions_keep_length_one_while_they_climb():
+    # on a line there is nowhere to climb: what rounding leaves of the slope must not add to it
+    for dtype in (torch.float32, torch.float64):
+        x, y = features(9, 1, dtype=dtype), features(9, 1, 1, dtype=dtype) * 3
+        found = lacoot.max_sliced_wasserstein(x, y, direction="ascent")
+        expected = lacoot.max_sliced_wasserstein(x, y, projections=torch.ones(1, 1))
+        torch.testing.assert_close(found, expected)
+
+
+def test_one_start_is_where_spreads_differ_most():
+    # means agree, and no random direction is near the one in which y is wider
+    x, y = features(60, 500), features(60, 500, seed=1)
+    wider = directions(500, 1)
+    x, y = x - x.mean(0), y - y.mean(0)
+    y = y + 9 * (y @ wider) @ wider.T
+    along = float(lacoot.max_sliced_wasserstein(x, y, projections=wider))
+    start = lacoot.max_sliced_wasserstein(x, y, direction="ascent", iterations=0, n_projections=0)
+    assert float(start) > 0.95 * along
+    narrower = lacoot.max_sliced_wasserstein(
+        y, x, direction="ascent", iterations=0, n_projections=0
+    )
+    torch.testing.assert_close(narrower, start)
+
+
+def test_the_short_ascent_of_training_nearly_finds_what_the_long_one_does():
+    # four random maps with a shift and a branch that adds to its input, as residual blocks do
+    shares = []
+    for seed in range(4):
+        x = features(64, 600, seed).relu()
+        y = x + (x @ features(600, 600, seed + 20) / 20 + features(1, 600, seed + 40) / 5).relu()
+        short = lacoot.max_sliced_wasserstein(
+            x, y, direction="ascent", n_projections=0, iterations=4
+        )
+        long = lacoot.max_sliced_wasserstein(x, y, direction="ascent", iterations=100)
+        shares.append(float(short / long))
+    assert min(shares) > 0.97
+    assert max(shares) <= 1 + 1e-9
 
 
 def test_ascents_gradient_is_that_of_the_maximum():
@@ -214,6 +272,8 @@ def test_it_is_computed_in_float32_under_autocast():
         ((4, 5), (4, 5), {"p": 0.5}, "p must be"),
         ((4, 5), (4, 5), {"p": math.nan}, "p must be"),
         ((4, 5), (4, 5), {"direction": "best"}, "direction must be"),
+        ((4, 5), (4, 5), {"direction": "ascent", "n_projections": -1}, "n_projections .* 0 or"),
+        ((4, 5), (4, 5), {"direction": "ascent", "iterations": -1}, "iterations must be"),
     ],
 )
 def test_bad_input_of_the_distance_is_told_in_a_sentence(x, y, options, message):
@@ -227,6 +287,40 @@ def test_nan_features_are_told(direction):
     x[1, 2] = math.nan
     with pytest.raises(ValueError, match="NaN"):
         lacoot.max_sliced_wasserstein(x, torch.ones(4, 5), direction=direction)
+
+
+# --- the relative change -------------------------------------------------------------------------
+
+
+def test_the_relative_change_is_that_of_each_pair_with_its_gradients():
+    x, y = features(7, 24).view(7, 2, 3, 4), features(7, 24, seed=1).view(7, 2, 3, 4)
+    expected = np.mean(
+        [np.linalg.norm(b - a) / np.linalg.norm(a) for a, b in zip(x, y, strict=True)]
+    )
+    assert float(mean_relative_change(x, y)) == pytest.approx(expected, rel=1e-12)
+    assert float(mean_relative_change(x, y.flip(0))) != pytest.approx(expected, rel=1e-3)
+    assert float(mean_relative_change(-3 * x, -3 * y)) == pytest.approx(expected, rel=1e-12)
+    inputs = x.requires_grad_(), y.requires_grad_()
+    assert torch.autograd.gradcheck(mean_relative_change, inputs)
+    half = mean_relative_change(x.detach().bfloat16(), y.detach().bfloat16())
+    assert half.dtype == torch.float32
+    assert float(half) == pytest.approx(expected, rel=0.02)
+
+
+def test_the_relative_change_is_finite_where_samples_are_0_or_the_same():
+    x, y = features(4, 6), features(4, 6, seed=1)
+    x[0] = y[0] = 0  # nothing stays nothing
+    x[1] = 0  # something out of nothing
+    y[2] = x[2]
+    x.requires_grad_(), y.requires_grad_()
+    value = mean_relative_change(x, y)
+    value.backward()
+    last = float((y[3] - x[3]).norm() / x[3].norm())
+    assert float(value.detach()) == pytest.approx((0 + 1 + 0 + last) / 4)
+    for gradient in (x.grad, y.grad):
+        assert torch.equal(gradient[:3], torch.zeros(3, 6).double())
+        assert bool(gradient[3].isfinite().all())
+        assert bool(gradient[3].any())
 
 
 # --- the penalty ---------------------------------------------------------------------------------
@@ -288,16 +382,15 @@ def gradients_of(model, value):
 @pytest.mark.parametrize("options", [{}, {"direction": "ascent", "normalise": True}, {"p": 1}])
 def test_the_penalty_is_the_mean_distance_with_gradients_to_both_sides(options):
     model, images = Residual(), images_of(9)
-    with lacoot.BlockDistances(
-        model, example=images, generator=seeded(1), n_projections=7, **options
-    ) as distances:
+    options |= {"n_projections": 7, "iterations": 2}
+    with lacoot.BlockDistances(model, example=images, generator=seeded(1), **options) as distances:
         assert distances.blocks == NAMES
         model(images)
         value = distances.penalty(0.7)(model)
     generator, x, by_hand = seeded(1), model.first(images.flatten(1)), []
     for block in model.blocks:
         y = block(x)
-        one = lacoot.max_sliced_wasserstein(x, y, n_projections=7, generator=generator, **options)
+        one = lacoot.max_sliced_wasserstein(x, y, generator=generator, **options)
         by_hand.append(one)
         x = y
     expected = 0.7 * sum(by_hand) / 3
@@ -333,6 +426,43 @@ def test_checkpointed_blocks_have_the_same_penalty_or_are_refused(reentrant):
         torch.testing.assert_close(results[0][name], results[1][name])
 
 
+def test_the_relative_penalty_is_the_score_of_the_same_name():
+    model, images = Residual(), images_of(9)
+    with lacoot.BlockDistances(model, NAMES, measure="relative") as distances:
+        model(images)
+        value = distances.penalty(0.7)(model)
+    x, by_hand = model.first(images.flatten(1)), []
+    for block in model.blocks:
+        y = block(x)
+        by_hand.append(((y - x).norm(dim=1) / x.norm(dim=1)).mean())
+        x = y
+    expected = 0.7 * sum(by_hand) / 3
+    torch.testing.assert_close(value, expected)
+    found, wanted = gradients_of(model, value), gradients_of(model, expected)
+    assert found.keys() == wanted.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], wanted[name])
+    scores = lacoot.relative_change(model, [(images, None)])
+    assert {n: float(d) for n, d in distances.latest.items()} == pytest.approx(scores)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n_projections": 50},
+        {"p": 1},
+        {"direction": "ascent"},
+        {"iterations": 12},
+        {"normalise": True},
+    ],
+)
+def test_the_relative_penalty_takes_no_option_of_the_other(options):
+    with pytest.raises(ValueError, match='measure="relative" takes no'):
+        lacoot.BlockDistances(Residual(), NAMES, measure="relative", **options)
+    with pytest.raises(ValueError, match="measure must be"):
+        lacoot.BlockDistances(Residual(), NAMES, measure="paired")
+
+
 def test_training_with_the_penalty_brings_blocks_closer_to_the_identity():
     data = load("digits").subset(train=256)
     ends = []
@@ -359,7 +489,12 @@ class StopsAt:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_run_that_goes_on_from_its_checkpoint_ends_where_a_whole_one_does(tmp_path, precision):
+@pytest.mark.parametrize(
+    "chosen", [{"n_projections": 3}, {"direction": "ascent"}, {"measure": "relative"}]
+)
+def test_a_run_that_goes_on_from_its_checkpoint_ends_where_a_whole_one_does(
+    tmp_path, precision, chosen
+):
     data = load("digits").subset(train=100, valid=20)
     state = torch.get_rng_state()
     ends = []
@@ -367,7 +502,7 @@ def test_a_run_that_goes_on_from_its_checkpoint_ends_where_a_whole_one_does(tmp_
         file = tmp_path / f"{interrupted}.pt"
         for stop in (True, False) if interrupted else (False,):
             model = Residual()
-            with lacoot.BlockDistances(model, NAMES, n_projections=3) as distances:
+            with lacoot.BlockDistances(model, NAMES, **chosen) as distances:
                 penalty = distances.penalty(0.5)
 
                 stopping = StopsAt(6 if stop else None, penalty)  # in the second epoch
@@ -383,10 +518,15 @@ def test_a_run_that_goes_on_from_its_checkpoint_ends_where_a_whole_one_does(tmp_
         assert torch.equal(weights, ends[1][name])
     assert torch.equal(state, torch.get_rng_state())
     with (
-        lacoot.BlockDistances(model, NAMES, n_projections=3) as distances,
+        lacoot.BlockDistances(model, NAMES, **chosen) as distances,
         pytest.raises(ValueError, match="made with penalty="),
     ):
         fit(model, data, penalty=distances.penalty(0.6), checkpoint=file, **options)
+    with (
+        lacoot.BlockDistances(model, NAMES, normalise=True) as distances,
+        pytest.raises(ValueError, match="made with penalty="),
+    ):
+        fit(model, data, penalty=distances.penalty(0.5), checkpoint=file, **options)
 
 
 def test_steps_draw_new_directions_and_seeds_tell_them_apart():
@@ -406,11 +546,28 @@ def test_steps_draw_new_directions_and_seeds_tell_them_apart():
         assert set(three_steps()).isdisjoint(first)
 
 
-def test_features_are_let_go_of_after_the_penalty_and_by_the_next_step():
+def test_ascent_in_training_is_short_draws_nothing_and_keeps_nothing():
+    model, images = Residual(), images_of(9)
+    with lacoot.BlockDistances(model, NAMES, direction="ascent") as distances:
+        values = []
+        for _ in range(2):
+            model(images)
+            values.append(float(distances.penalty(1.0)(model).detach()))
+        kept = [v for v in vars(distances).values() if isinstance(v, torch.Tensor)]
+    short = {"direction": "ascent", "n_projections": 0, "iterations": 4}
+    expected = [lacoot.max_sliced_wasserstein(x, y, **short) for _, x, y in streams(model, images)]
+    assert values == pytest.approx([float(sum(expected)) / 3] * 2)
+    assert not kept
+
+
+@pytest.mark.parametrize(
+    "options", [{"direction": "random"}, {"direction": "ascent"}, {"measure": "relative"}]
+)
+def test_features_are_let_go_of_after_the_penalty_and_by_the_next_step(options):
     model, images = Residual(), images_of(9)
     seen = []
     model.blocks[1].register_forward_hook(lambda m, a, y: seen.append(weakref.ref(y)))
-    with lacoot.BlockDistances(model, NAMES) as distances:
+    with lacoot.BlockDistances(model, NAMES, **options) as distances:
         for step in range(6):
             outputs = model(images)
             assert seen[-1]() is not None

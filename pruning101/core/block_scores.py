@@ -50,17 +50,23 @@ def relative_change(
 ) -> dict[str, float]:
     """Return the mean over inputs of |output - input| / |input| of each block, the smallest first.
 
-    Lengths are those of all features of one input. An input whose features are all 0 counts 0 if
-    they stay so (else the mean is infinite, which is an error). The rest is as in
-    :func:`block_influence`.
+    As :func:`mean_relative_change` counts it. The rest is as in :func:`block_influence`.
     """
+    return mean_over_batches(model, batches, blocks, lambda _, x, y: mean_relative_change(x, y))
 
-    def measure(name: str, x: Tensor, y: Tensor) -> Tensor:
-        x, y = x.flatten(1).float(), y.flatten(1).float()
-        change, length = (torch.linalg.vector_norm(v, dim=1) for v in (y - x, x))
-        return torch.where(change == 0, 0, change / length).mean()
 
-    return mean_over_batches(model, batches, blocks, measure)
+def mean_relative_change(x: Tensor, y: Tensor) -> Tensor:
+    """Return the mean over samples of |y - x| / |x|, a scalar with gradients to both.
+
+    ``x`` and ``y`` [N, ...] are pairs of samples; a length is that of all numbers of one sample, in
+    float32 or wider. Where a sample of ``x`` is 0 there is no relative change: it counts 0 if that
+    of ``y`` is 0 as well, else 1, without a gradient. Where both coincide the gradient is 0.
+    """
+    x, y = (z.flatten(1).to(torch.promote_types(z.dtype, torch.float32)) for z in (x, y))
+    change, length = (torch.linalg.vector_norm(v, dim=1) for v in (y - x, x))  # [N]
+    some = length > 0
+    ratio = change / torch.where(some, length, 1)
+    return torch.where(some, ratio, (change > 0).to(change)).mean()
 
 
 def _by_cosine(

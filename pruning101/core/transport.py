@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 Direction = Literal["random", "ascent"]
-_STARTS = 5  # directions that ascend side by side
-_ITERATIONS = 30
+_RANDOM_STARTS = 3  # of those given or drawn, the best ascend, too
 
 
 def max_sliced_wasserstein(
@@ -22,6 +21,7 @@ def max_sliced_wasserstein(
     n_projections: int = 50,
     p: float = 2,
     direction: Direction = "random",
+    iterations: int = 12,
     generator: torch.Generator | None = None,
     normalise: bool = False,
 ) -> Tensor:
@@ -39,9 +39,11 @@ def max_sliced_wasserstein(
       length 1, or over ``n_projections`` random ones: what published code calls by this name. In
       many dimensions no random direction is near the best one, and a shift of length s is seen as
       about s / sqrt(d).
-    - ``"ascent"``: the maximum over all directions, climbed to by projected gradient ascent from
-      the difference of the means and the best of the random (or given) ones. Where that ends in a
-      local maximum, the result is below the true one.
+    - ``"ascent"``: the maximum over all directions, climbed to from the one in which the means
+      differ, the one in which the spreads differ most, and the best of the random (or given) ones;
+      with ``n_projections=0`` from the first two alone. Each of ``iterations`` follows the great
+      circle that the gradient points along, and never goes down. Where that ends in a local
+      maximum, or too soon, the result is below the true one.
 
     Random directions come from ``generator``; without one, from the same seed in every call.
     The direction found is a constant to autograd: gradients reach ``x`` and ``y`` through their
@@ -66,7 +68,7 @@ def max_sliced_wasserstein(
             f"x has samples of shape {list(x.shape[1:])}, y of {list(y.shape[1:])}; only features "
             "of the same size can be compared."
         )
-    check_options(n_projections, p, direction)
+    check_options(n_projections, p, direction, iterations)
     if projections is not None and (
         projections.ndim != 2 or projections.shape[0] != d or not projections.shape[1]
     ):
@@ -81,14 +83,15 @@ def max_sliced_wasserstein(
                 projections = torch.randn(
                     d, n_projections, generator=generator, device=generator.device, dtype=x.dtype
                 )
-            candidates = _unit(projections.to(x))
+            candidates = _unit(projections.to(x).T)  # [n, d], as all directions from here on
             values = _along(x, y, candidates, p)
             if direction == "ascent":
-                best = candidates[:, values.topk(min(_STARTS - 1, len(values))).indices]
-                candidates = torch.cat([best, _climb(x, y, best, p)], dim=1)
+                best = candidates[values.topk(min(_RANDOM_STARTS, len(values))).indices]
+                starts = torch.stack([*_means_and_spreads(x, y), *best])
+                candidates = _climb(x, y, starts, p, iterations)
                 values = _along(x, y, candidates, p)
-            theta = candidates[:, values.argmax()]  # argmax finds NaN, if there is one
-        distance = _along(x, y, theta[:, None], p)[0]
+            theta = candidates[values.argmax()]  # argmax finds NaN, if there is one
+        distance = _along(x, y, theta[None], p)[0]
         if normalise:
             lengths = [torch.linalg.vector_norm(r) / math.sqrt(len(r)) for r in (x, y)]
             scale = torch.linalg.vector_norm(torch.stack(lengths)) / math.sqrt(2)
@@ -101,90 +104,75 @@ def max_sliced_wasserstein(
 
 
 def _along(x: Tensor, y: Tensor, directions: Tensor, p: float) -> Tensor:
-    """W_p of ``x`` [N, d] and ``y`` [M, d] along each of ``directions`` [d, n]: [n]."""
-    return _between(x @ directions, y @ directions, p)
+    """W_p of ``x`` [N, d] and ``y`` [M, d] along each of ``directions`` [n, d]: [n]."""
+    return _between(directions @ x.T, directions @ y.T, p)
 
 
 def _between(a: Tensor, b: Tensor, p: float) -> Tensor:
-    """W_p of each column of numbers ``a`` [N, n] and the same column of ``b`` [M, n]: [n]."""
-    a, b = a.sort(0).values, b.sort(0).values
-    n, m = len(a), len(b)
+    """W_p of each row of numbers ``a`` [..., N] and the same row of ``b`` [..., M]: [...]."""
+    a, b = a.sort().values, b.sort().values
+    n, m = a.shape[-1], b.shape[-1]
     if n == m:
-        return torch.linalg.vector_norm(a - b, ord=p, dim=0) / n ** (1 / p)
+        return torch.linalg.vector_norm(a - b, ord=p, dim=-1) / n ** (1 / p)
     # Both quantile functions are steps: in units of 1 / (n m) one changes at every multiple of m,
     # the other of n.
     device = a.device
     ends = [torch.arange(1, n + 1, device=device) * m, torch.arange(1, m + 1, device=device) * n]
     cuts = torch.cat(ends).unique()
     widths = cuts.diff(prepend=cuts.new_zeros(1)).to(a) / (n * m)
-    gaps = a[(cuts - 1) // m] - b[(cuts - 1) // n]
-    return torch.linalg.vector_norm(gaps * widths[:, None] ** (1 / p), ord=p, dim=0)
+    gaps = a[..., (cuts - 1) // m] - b[..., (cuts - 1) // n]
+    return torch.linalg.vector_norm(gaps * widths ** (1 / p), ord=p, dim=-1)
 
 
-def _climb(x: Tensor, y: Tensor, directions: Tensor, p: float) -> Tensor:
-    """Climb on the unit sphere from the mean difference and ``directions`` [d, n]: [d, n + 1].
+def _means_and_spreads(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The directions [d] in which the means of ``x`` and ``y`` differ, and most their variances.
 
-    A step that leads down is taken back and halved, one that leads up is followed by a longer one,
-    for each start by itself. The slope is a sum of the samples' rows, so a direction is kept as its
-    weights on these rows, and all steps need their products alone. Rows are those of ``x`` about
-    its mean, and ``y - x``: where both are close, small numbers are not differences of large ones.
+    The second is near the eigenvector of cov(y) - cov(x) whose eigenvalue is the largest in size:
+    a few steps of the power method, of which none needs a matrix of d times d numbers.
     """
-    n, d = x.shape
-    centre = x.mean(0)
-    rows = torch.cat([x - centre, y - x if len(y) == n else y - centre])  # [R, d]
-    gram = rows @ rows.T if len(rows) < d else None
+    mean = spread = _unit(y.mean(0) - x.mean(0))
+    for _ in range(4):
+        a, b = x @ spread, y @ spread
+        spread = _unit((b - b.mean()) @ y / len(y) - (a - a.mean()) @ x / len(x))
+    return mean, spread
 
-    def seen(weights: Tensor) -> Tensor:
-        """What the directions with these weights see of each row: [R, n]."""
-        return rows @ (rows.T @ weights) if gram is None else gram @ weights
 
-    def scaled(weights: Tensor, view: Tensor) -> tuple[Tensor, Tensor]:
-        lengths = (weights * view).sum(0).clamp_min(0).sqrt()
-        lengths = torch.where(lengths > 0, lengths, 1)
-        return weights / lengths, view / lengths
+def _climb(x: Tensor, y: Tensor, theta: Tensor, p: float, iterations: int) -> Tensor:
+    """Climb on the unit sphere from each of ``theta`` [n, d] to where W_p is larger: [n, d].
 
-    def look(view: Tensor) -> tuple[Tensor, Tensor]:
-        view = view.detach().requires_grad_()
+    From theta the gradient points along a great circle, cos(angle) theta + sin(angle) way. What a
+    direction sees of the samples is linear in it, so W_p at many angles costs two products with
+    the samples, not two for each. The best angle is taken, and 0 is one of them.
+    """
+    angles = math.pi / 4 * 0.5 ** torch.arange(8, dtype=x.dtype, device=x.device)
+    angles = torch.cat([angles.new_zeros(1), angles])
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # [K, 1]
+    a, b = theta @ x.T, theta @ y.T  # [n, N] and [n, M]
+    for _ in range(iterations):
         with torch.enable_grad():
-            a, b = view[:n], view[n:]
-            value = _between(a, a + b if len(b) == n else b, p)
-            [slope] = torch.autograd.grad(value.sum(), view)
-        return value.detach(), slope
-
-    def on_sphere(slope: Tensor, at: Tensor, view: Tensor) -> tuple[Tensor, Tensor]:
-        view_of_slope = seen(slope)
-        squared, outward = (slope * view_of_slope).sum(0), (slope * view).sum(0)
-        # What leads off the sphere is no way up; at the top nothing else is left but rounding.
-        rest = squared - outward**2 > 1e3 * torch.finfo(view.dtype).eps * squared
-        return scaled(
-            torch.where(rest, slope - outward * at, 0),
-            torch.where(rest, view_of_slope - outward * view, 0),
-        )
-
-    means = torch.zeros(len(rows), 1, dtype=x.dtype, device=x.device)
-    means[n:] = 1 / len(y)
-    start = torch.cat([means, look(rows @ directions)[1]], dim=1)
-    at, view = scaled(start, seen(start))
-    values, slope = look(view)
-    way, view_of_way = on_sphere(slope, at, view)
-    steps = torch.ones_like(values)
-    for _ in range(_ITERATIONS):
-        there, view_there = scaled(at + steps * way, view + steps * view_of_way)
-        found, slope = look(view_there)
-        new = found, there, view_there, *on_sphere(slope, there, view_there)
-        up = found > values
-        values, at, view, way, view_of_way = (
-            torch.where(up, after, before)
-            for after, before in zip(new, (values, at, view, way, view_of_way), strict=True)
-        )
-        steps = torch.where(up, 1.5 * steps, steps / 2)
-    return _unit(rows.T @ at)
+            a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
+            slopes = torch.autograd.grad(_between(a, b, p).sum(), (a, b))
+        gradient = slopes[0] @ x + slopes[1] @ y  # [n, d]
+        # Twice, because at the top the first leaves nothing but rounding errors.
+        way = _off(_unit(_off(gradient, theta)), theta)
+        a_ahead, b_ahead = way @ x.T, way @ y.T
+        a_there = cos * a[:, None] + sin * a_ahead[:, None]  # [n, K, N]
+        b_there = cos * b[:, None] + sin * b_ahead[:, None]
+        best = _between(a_there, b_there, p).argmax(1)
+        c, s = cos[best], sin[best]  # [n, 1]
+        theta, a, b = c * theta + s * way, c * a + s * a_ahead, c * b + s * b_ahead
+    return _unit(theta)
 
 
-def _unit(columns: Tensor) -> Tensor:
-    """Columns scaled to length 1; those of length 0 stay."""
-    lengths = torch.linalg.vector_norm(columns, dim=0)
-    return columns / torch.where(lengths > 0, lengths, 1)
+def _off(vectors: Tensor, theta: Tensor) -> Tensor:
+    """What of each of ``vectors`` [n, d] is orthogonal to the same of ``theta``, of length 1."""
+    return vectors - (vectors * theta).sum(1, keepdim=True) * theta
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Rows [..., d] scaled to length 1; those of length 0 stay."""
+    lengths = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return rows / torch.where(lengths > 0, lengths, 1)
 
 
 def _rows(name: str, samples: Tensor) -> Tensor:
@@ -196,11 +184,16 @@ def _rows(name: str, samples: Tensor) -> Tensor:
     return samples.flatten(1)
 
 
-def check_options(n_projections: int, p: float, direction: str) -> None:
+def check_options(n_projections: int, p: float, direction: str, iterations: int) -> None:
     """Raise ``ValueError`` for an option of :func:`max_sliced_wasserstein` that is out of range."""
-    if type(n_projections) is not int or n_projections < 1:
-        raise ValueError(f"n_projections must be a whole number, 1 or more, not {n_projections!r}.")
-    if isinstance(p, bool) or not isinstance(p, int | float) or not p >= 1:
-        raise ValueError(f"p must be a number, 1 or more, not {p!r}.")
     if direction not in ("random", "ascent"):
         raise ValueError(f'direction must be "random" or "ascent", not {direction!r}.')
+    least = 1 if direction == "random" else 0
+    if type(n_projections) is not int or n_projections < least:
+        raise ValueError(
+            f"n_projections must be a whole number, {least} or more, not {n_projections!r}."
+        )
+    if isinstance(p, bool) or not isinstance(p, int | float) or not p >= 1:
+        raise ValueError(f"p must be a number, 1 or more, not {p!r}.")
+    if type(iterations) is not int or iterations < 0:
+        raise ValueError(f"iterations must be a whole number, 0 or more, not {iterations!r}.")
