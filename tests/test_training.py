@@ -605,7 +605,7 @@ def test_progress_is_for_terminals_and_vanishes(data, monkeypatch, capsys):
     fit(net(), data, epochs=1, lr=0.1, progress=False)
     assert terminal.getvalue() == ""
     fit(net(), data, epochs=2, lr=0.1)
-    assert "training" in terminal.getvalue()
+    assert "training, epoch 2 of 2" in terminal.getvalue()
     assert terminal.getvalue().rsplit("\r", 2)[-2].strip() == ""
     assert terminal.getvalue().endswith("\r")
 

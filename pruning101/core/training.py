@@ -283,6 +283,7 @@ def fit(
     with bar, runs.mode(model, training=True):
         for epoch in range(done + 1, epochs + 1):
             start = time.perf_counter()
+            bar.set_description(f"training, epoch {epoch} of {epochs}", refresh=False)
             batches = data.batches(
                 "train",
                 batch_size,
