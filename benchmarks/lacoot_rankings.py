@@ -1,7 +1,8 @@
 """What ranks blocks well, what makes them removable, and at what price: ResNet-18 and Swin-T.
 
-    python benchmarks/lacoot_rankings.py --settings resnet18 --kinds plain random --seeds 0 1 2
-    python benchmarks/lacoot_rankings.py --settings swin_t --kinds plain random --seeds 0
+    python benchmarks/lacoot_rankings.py --settings resnet18 --kinds plain shallow random_weak \
+        ascent relative --seeds 0 1
+    python benchmarks/lacoot_rankings.py --settings swin_t --kinds plain random relative --seeds 0
     python benchmarks/lacoot_rankings.py --smoke    # seconds: digits, prints only
 
 Networks of several kinds, trained plainly or with a penalty on the distances of their blocks, begin
@@ -22,7 +23,7 @@ Structure of `results/lacoot_rankings.json`::
       .blocks[]             names of those that may go, in the order of execution
       .kinds                {kind: options of the penalty, or null}
       .rankings             {ranking: one line about it}; beside these, curves have "chance" (the
-                            mean of all orders, or of 20 random ones), "best" and "worst" (of all
+                            mean of all orders, or of 12 random ones), "best" and "worst" (of all
                             subsets of that size, chosen on valid) or "greedy" (the block that costs
                             least on valid goes next, for the first few)
       .curves[]             one dict a kind, ranking and number of blocks gone; F = {mean, least,
@@ -96,7 +97,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "network": "swin_t, patches of 4x4 pixels, windows of 2x2 patches, not pretrained",
         "images": {"train": 10_000, "valid": 1_000, "test": 1_000},
         "training": {
-            "epochs": 10,
+            "epochs": 5,
             "lr": 1e-3,
             "optimizer": "adamw",
             "weight_decay": 0.05,
@@ -105,11 +106,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "augment": True,
             "precision": "bfloat16",
         },
-        "penalties": {"plain": None, "random": {"strength": 0.1}},
+        "penalties": {
+            "plain": None,
+            "random": {"strength": 0.1},
+            "relative": {"strength": 1.0, "measure": "relative"},
+            "ascent": {"strength": 0.1, "direction": "ascent"},
+        },
         "heal": None,
         "all_orders": False,
-        "orders": 20,
-        "greedy": 6,
+        "orders": 12,
+        "greedy": 3,
     },
 }
 SMOKE: dict[str, dict[str, Any]] = {
