@@ -197,7 +197,7 @@ def block_distances(
     n_projections: int = 50,
     p: float = 2,
     direction: Direction = "random",
-    iterations: int = 12,
+    iterations: int = 16,
     normalise: bool = False,
     generator: torch.Generator | None = None,
 ) -> dict[str, float]:

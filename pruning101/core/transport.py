@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Direction = Literal["random", "ascent"]
-_RANDOM_STARTS = 3  # of those given or drawn, the best ascend, too
+_RANDOM_STARTS = 6  # of those given or drawn, the best ascend, too
 
 
 def max_sliced_wasserstein(
@@ -21,7 +21,7 @@ def max_sliced_wasserstein(
     n_projections: int = 50,
     p: float = 2,
     direction: Direction = "random",
-    iterations: int = 12,
+    iterations: int = 16,
     generator: torch.Generator | None = None,
     normalise: bool = False,
 ) -> Tensor:
