@@ -159,6 +159,7 @@ RUNS: dict[str, Callable[[Run], Outcome]] = {
     **{method: partial(in_rounds, method) for method in RECIPES},
     "lacoot_published": partial(without_blocks, "random"),
     "lacoot_weak": partial(without_blocks, "random_weak"),
+    "lacoot_ascent": partial(without_blocks, "ascent"),
     "lacoot": partial(without_blocks, OURS),
     "healed": partial(healed, "lacoot"),
     "shallow": partial(from_scratch, "shallow"),

@@ -15,7 +15,7 @@ from pruning101.course import lacoot_rows, lacoot_table, machine
 from pruning101.course.lacoot_rows import Run, deployed, row
 from pruning101.course.lacoot_table import ROWS, blocks_of, load_data, trained
 from pruning101.course.reproduce import reproduce, table
-from pruning101.lacoot import block_distances
+from pruning101.lacoot import block_distances, relative_change
 
 TINY = {
     "dataset": {"name": "digits", "channels": 3},
@@ -143,14 +143,17 @@ def test_multiply_adds_are_the_papers_and_deploying_keeps_the_function():
     assert lacoot_table.PAPER["lacoot_published"]["macs"] == 64.69e6
 
 
-def test_removal_is_in_ascending_order_and_figures_are_those_of_the_networks(tmp_path):
+@pytest.mark.parametrize(("name", "kind"), [("lacoot_ascent", "ascent"), ("lacoot", "relative")])
+def test_removal_is_in_ascending_order_and_figures_are_those_of_the_networks(tmp_path, name, kind):
     run = Run(0, "tiny", tmp_path, quiet)
-    figures = row("lacoot", run)
-    model, history = trained(lacoot_table.OURS, 0, "tiny", tmp_path)
+    figures = row(name, run)
+    model, history = trained(kind, 0, "tiny", tmp_path)
     data = load_data("tiny")
-    options = {k: v for k, v in lacoot_table.PENALTIES[lacoot_table.OURS].items()}
-    del options["strength"]
-    distances = block_distances(model, data.batches("valid", 125), **options)
+    batches = data.batches("valid", 125)
+    if kind == "relative":
+        distances = relative_change(model, batches)
+    else:
+        distances = block_distances(model, batches, direction="ascent")
     order = sorted(distances, key=distances.get)
     assert [one.get("removed") for one in figures["after"]] == [None, *order]
     for one in figures["after"]:
@@ -159,11 +162,11 @@ def test_removal_is_in_ascending_order_and_figures_are_those_of_the_networks(tmp
         for split in ("valid", "test"):
             assert one[f"{split}_accuracy"] == training.evaluate(model, data, split).accuracy
     last = figures["after"][-1]
-    for name in ("valid_accuracy", "test_accuracy", "macs", "depth"):
-        assert figures[name] == last[name]
+    for figure in ("valid_accuracy", "test_accuracy", "macs", "depth"):
+        assert figures[figure] == last[figure]
     assert figures["epochs"] == 2
     assert figures["seconds"] == pytest.approx(sum(epoch.seconds for epoch in history))
-    kept = lacoot_rows.network("lacoot", run)
+    kept = lacoot_rows.network(name, run)
     assert same_numbers(kept.state_dict(), model.state_dict())
 
 
