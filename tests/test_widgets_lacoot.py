@@ -13,7 +13,7 @@ from pruning101 import lacoot
 from pruning101.core import data, measure, models, training
 from pruning101.widgets import lacoot as widget
 
-SETTINGS = {"epochs": 2, "lr": 0.1, "batch_size": 21, "seed": 4}
+SETTINGS = {"epochs": 2, "lr": 0.05, "batch_size": 21, "seed": 4}
 BLOCKS = ("2", "3", "5", "6")
 PATH = (None, "2", "3", None, "5", "6", None)
 
@@ -24,18 +24,19 @@ def digits():
 
 
 def network():
+    """Blocks of two builds, which cost the same number of MACs."""
     torch.manual_seed(2)
     return nn.Sequential(
         nn.Conv2d(1, 6, 3, bias=False),
         nn.ReLU(),
         models.BasicBlock(6, 6, 1),
         models.BasicBlock(6, 6, 1),
-        models.BasicBlock(6, 8, 2),
-        models.BasicBlock(8, 8, 1),
-        models.BasicBlock(8, 8, 1),
+        models.BasicBlock(6, 12, 2),
+        models.BasicBlock(12, 12, 1),
+        models.BasicBlock(12, 12, 1),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Linear(8, 10),
+        nn.Linear(12, 10),
     )
 
 
@@ -121,7 +122,7 @@ def test_networks_of_one_build_have_one_latency(state):
     assert len(set(found.values())) == len(found)
 
 
-def test_the_models_and_the_random_state_stay_as_they_were(digits):
+def test_the_models_and_the_random_state_stay_as_they_were(digits, monkeypatch):
     model = network().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     torch.manual_seed(9)
@@ -129,10 +130,15 @@ def test_the_models_and_the_random_state_stay_as_they_were(digits):
     settings = {**SETTINGS, "epochs": 1, "progress": False}
     one, two = (widget.train(model, digits, strength=s, **settings) for s in (0.3, 0))
     held = {name: tensor.clone() for name, tensor in one.model.state_dict().items()}
-    threads = torch.get_num_threads()
+    one.model.train()
+    threads = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     widget.from_trained(one, two, digits, repeats=1, progress=False)
+    assert threads == [1, 3], "latency is that on one thread"
     assert torch.equal(state, torch.random.get_rng_state())
-    assert threads == torch.get_num_threads()
+    assert one.model.training
+    assert [type(m) for m in one.model.modules()] == [type(m) for m in model.modules()]
     assert model.training
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert all(torch.equal(held[k], v) for k, v in one.model.state_dict().items())
@@ -345,6 +351,18 @@ def test_names_and_numbers_do_not_overlap(kind):
             for other, another in placed[:i]:
                 assert not area.padded(-1).overlaps(another.padded(-1)), (one, other)
     plt.close(figure)
+
+
+@pytest.mark.parametrize("heights", [[1.0] * 9, [0.0] * 9, [0.2, 0.9, 0.91, 0.93, 0.2, 0.96]])
+def test_labels_are_moved_apart_and_stay_inside(heights):
+    found = widget._spread(np.array(heights), 0.1)
+    places = [place for place, _ in found]
+    moved = np.array([height for _, height in found])
+    assert sorted(places) == list(range(len(heights)))
+    assert [heights[place] for place in places] == sorted(heights)
+    assert (np.diff(moved) > 0.1 - 1e-9).all()
+    assert moved[0] >= 0
+    assert moved[-1] <= 1
 
 
 def test_the_words_say_what_is_drawn(state):
