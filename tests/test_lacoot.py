@@ -22,6 +22,7 @@ from pruning101.core.data import Split, from_tensors, load
 from pruning101.core.measure import footprint
 from pruning101.core.steps import History
 from pruning101.core.training import evaluate, fit
+from pruning101.core.transport import _means_and_spreads
 
 
 def seeded(seed):
@@ -178,11 +179,13 @@ def test_directions_keep_length_one_while_they_climb():
 
 
 def test_one_start_is_where_spreads_differ_most():
-    # means agree, and no random direction is near the one in which y is wider
-    x, y = features(60, 500), features(60, 500, seed=1)
-    wider = directions(500, 1)
+    x, y = features(60, 100), features(60, 100, seed=1)
     x, y = x - x.mean(0), y - y.mean(0)
+    wider = directions(100, 1)
+    wider[0] = 0
+    wider = wider / wider.norm()
     y = y + 9 * (y @ wider) @ wider.T
+    x[:, 0] = y[:, 0] = 9 * x[:, 0]  # wide in both, and no difference
     along = float(lacoot.max_sliced_wasserstein(x, y, projections=wider))
     start = lacoot.max_sliced_wasserstein(x, y, direction="ascent", iterations=0, n_projections=0)
     assert float(start) > 0.95 * along
@@ -190,6 +193,14 @@ def test_one_start_is_where_spreads_differ_most():
         y, x, direction="ascent", iterations=0, n_projections=0
     )
     torch.testing.assert_close(narrower, start)
+    _, spread = _means_and_spreads(x, y + 20)  # where the means are is none of its business
+    assert float((spread @ wider).abs()) > 0.95
+
+
+def test_spreads_are_compared_where_means_are_the_very_same():
+    x = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0], [0.0, -2.0]])
+    found = lacoot.max_sliced_wasserstein(x, 3 * x, direction="ascent", n_projections=0)
+    assert float(found) == pytest.approx(2 * math.sqrt(2), rel=1e-3)  # along the second axis
 
 
 def test_the_short_ascent_of_training_nearly_finds_what_the_long_one_does():

@@ -130,7 +130,8 @@ def _means_and_spreads(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     The second is near the eigenvector of cov(y) - cov(x) whose eigenvalue is the largest in size:
     a few steps of the power method, of which none needs a matrix of d times d numbers.
     """
-    mean = spread = _unit(y.mean(0) - x.mean(0))
+    mean = _unit(y.mean(0) - x.mean(0))
+    spread = torch.where(mean.any(), mean, 1)
     for _ in range(4):
         a, b = x @ spread, y @ spread
         spread = _unit((b - b.mean()) @ y / len(y) - (a - a.mean()) @ x / len(x))
