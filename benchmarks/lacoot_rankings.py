@@ -1,7 +1,6 @@
 """What ranks blocks well, what makes them removable, and at what price: ResNet-18 and Swin-T.
 
-    python benchmarks/lacoot_rankings.py --settings resnet18 --kinds plain shallow random_weak \
-        ascent relative --seeds 0 1
+    python benchmarks/lacoot_rankings.py --settings resnet18 --kinds plain relative --seeds 0 1
     python benchmarks/lacoot_rankings.py --settings swin_t --kinds plain random relative --seeds 0
     python benchmarks/lacoot_rankings.py --smoke    # seconds: digits, prints only
 
