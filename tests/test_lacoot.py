@@ -169,6 +169,21 @@ def test_no_iteration_of_the_ascent_leads_down(p, counts, n_projections):
     assert ends[1] > 1.01 * ends[0]
 
 
+@pytest.mark.parametrize("p", [1.5, 2, 3])
+def test_ascent_ends_as_high_as_a_slow_climb_by_autograd(p):
+    x, y = features(40, 8), 1.5 * features(40, 8, seed=1) + 0.2
+    theta, highest = directions(8, 6).T, 0.0
+    for i in range(300):
+        theta = torch.nn.functional.normalize(theta, dim=1).detach().requires_grad_()
+        gaps = (x @ theta.T).sort(0).values - (y @ theta.T).sort(0).values
+        values = gaps.abs().pow(p).mean(0).pow(1 / p)
+        highest = max(highest, float(values.max().detach()))
+        [slope] = torch.autograd.grad(values.sum(), theta)
+        theta = theta + 0.5 * 0.98**i * torch.nn.functional.normalize(slope, dim=1)
+    found = lacoot.max_sliced_wasserstein(x, y, direction="ascent", p=p)
+    assert float(found) > 0.995 * highest
+
+
 def test_directions_keep_length_one_while_they_climb():
     # on a line there is nowhere to climb: what rounding leaves of the slope must not add to it
     for dtype in (torch.float32, torch.float64):
@@ -570,6 +585,7 @@ def test_ascent_in_training_is_short_draws_nothing_and_keeps_nothing():
     short = {"direction": "ascent", "n_projections": 0, "iterations": 4}
     expected = [lacoot.max_sliced_wasserstein(x, y, **short) for _, x, y in streams(model, images)]
     assert values == pytest.approx([float(sum(expected)) / 3] * 2)
+    assert distances.options == {**short, "p": 2, "normalise": False}
     assert not kept
 
 
