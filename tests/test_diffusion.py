@@ -35,10 +35,11 @@ class Knows(nn.Module):
     def __init__(self, means, std=0.0):
         super().__init__()
         self.label_embed = nn.Embedding(len(means), 1).double()
-        self.means, self.std, self.seen = means, std, []
+        self.means, self.std, self.seen, self.modes = means, std, [], []
 
     def forward(self, images, timesteps, labels):
         self.seen.append((images, timesteps, labels))
+        self.modes.append(self.training)
         abar = KEPT[timesteps].view(-1, 1, 1, 1)
         centred = images - abar.sqrt() * self.means[labels]
         return (1 - abar).sqrt() * centred / (abar * self.std**2 + 1 - abar)
@@ -168,10 +169,16 @@ def test_limits_are_black_and_white_and_clamp_what_a_step_foresees():
     options = {"image_shape": (1, 4, 4), "guidance": 0.0, "steps": 9}
     inside = diffusion.sample(Knows(means), [0], **options, limits=(low, high))
     torch.testing.assert_close(inside, means[1:], rtol=1e-9, atol=1e-9)
-    # an error of the first step alone: clamped, it is undone by the steps that follow
-    errs = Knows(means)
-    errs.register_forward_hook(lambda m, args, out: out + 0.5 * (args[1] == 999)[0])
-    torch.testing.assert_close(diffusion.sample(errs, [0], **options, limits=(low, high)), inside)
+    # what the first step foresees is far outside; the second begins with what is then left as noise
+    wild = Knows(means)
+    wild.register_forward_hook(lambda module, args, out: torch.full_like(out, 7.0))
+    diffusion.sample(wild, [0], image_shape=(1, 4, 4), steps=2, limits=(low, high))
+    _, (x, t, _), (following, t_next, _) = wild.seen
+    assert [t.item(), t_next.item()] == [999, 0]
+    clean = ((x - (1 - KEPT[999]).sqrt() * 7) / KEPT[999].sqrt()).clamp(low, high)
+    noise = (x - KEPT[999].sqrt() * clean) / (1 - KEPT[999]).sqrt()
+    expected = KEPT[0].sqrt() * clean + (1 - KEPT[0]).sqrt() * noise
+    torch.testing.assert_close(following, expected)
     silent = stirred()
     made = diffusion.sample(silent, [1], image_shape=(1, 8, 8), limits=(low, high))
     assert (made >= low).all()
@@ -188,6 +195,8 @@ def test_the_model_is_asked_once_a_step_and_twice_with_guidance():
         assert [t[0].item() for _, t, _ in steps] == [999, 749, 500, 250, 0]
         assert all((t == t[0]).all() for _, t, _ in steps)
         assert len(first[0]) == guidance
+        assert model.training
+        assert not any(model.modes)
     assert asked == [[2] * 5, [4] * 5]
 
 
