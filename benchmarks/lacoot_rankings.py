@@ -32,7 +32,7 @@ Structure of `results/lacoot_rankings.json`::
       .quality[]            one dict a kind and ranking: kind, ranking, seeds, gain F (mean over all
                             numbers gone but none and all), beats F (the share of all orders whose
                             mean accuracy is lower, ties half: 0.5 is no better than chance, 1 the
-                            best there is)
+                            best there is; noise where "best" and "worst" are within a point)
       .distances[]          kind, measure, block, seeds, value F: on valid, batches of 128
       .prices[]             one dict a kind: kind, seeds, whole F (test accuracy with all blocks),
                             lost F (what plain of the same seed has more), half_gone F (half of the
