@@ -96,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="what is done is kept here (default: runs/reproduce/TABLE-PROFILE)",
     )
+    sub.add_argument(
+        "--done", action="store_true", help="train nothing; show the rows and seeds that are there"
+    )
     sub.set_defaults(run=_reproduce)
 
     sub = add("data", help="make a data set's one file", description=_data.__doc__)
@@ -178,6 +181,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
         rows=arguments.rows,
         out=arguments.out,
         folder=arguments.folder,
+        done=arguments.done,
     )
     print(text)
     print(path)

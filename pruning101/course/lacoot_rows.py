@@ -1,7 +1,7 @@
 """The rows of LaCoOT's table: what each method does, from the network that all begin with."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from pruning101.core.training import default_device, evaluate, fit
 from pruning101.lacoot import block_distances, relative_change, remove_blocks
 from pruning101.layer_folding import fold, fold_iteratively
 
-from .lacoot_table import OURS, PENALTIES, PROFILES, load_data, trained
+from .lacoot_table import OURS, PENALTIES, PROFILES, blocks_of, load_data, trained
 from .machine import interleaved
 
 # --- one seed, one profile, one folder ----------------------------------------------------------
@@ -70,10 +70,11 @@ def from_scratch(kind: str, run: Run) -> Outcome:
 
 
 def without_blocks(kind: str, run: Run) -> Outcome:
-    """Train, then remove every removable block, in ascending order of the penalty's distance."""
+    """Train, then remove the profile's blocks, in ascending order of the penalty's distance."""
     start = from_scratch(kind, run)
     batches = run.data.batches("valid", 125, device=runs.device_of(start.model))
-    distances = distances_of(kind, start.model, batches)
+    blocks = blocks_of(start.model, run.profile)
+    distances = distances_of(kind, start.model, batches, blocks)
     scores = (evaluate(start.model, run.data, split).accuracy for split in ("valid", "test"))
     after = [dict(zip(("valid_accuracy", "test_accuracy"), scores, strict=True))]
     model = start.model
@@ -92,12 +93,14 @@ def without_blocks(kind: str, run: Run) -> Outcome:
     return Outcome(model, start.epochs, start.seconds, after)
 
 
-def distances_of(kind: str, model: nn.Module, batches: Any) -> dict[str, float]:
+def distances_of(
+    kind: str, model: nn.Module, batches: Any, blocks: Sequence[str]
+) -> dict[str, float]:
     """Return what the penalty of a kind measures of each block, the smallest first."""
     options = {k: v for k, v in (PENALTIES[kind] or {}).items() if k != "strength"}
     if options.get("measure") == "relative":
-        return relative_change(model, batches)
-    return block_distances(model, batches, **options)
+        return relative_change(model, batches, blocks=blocks)
+    return block_distances(model, batches, blocks=blocks, **options)
 
 
 def healed(before: str, run: Run) -> Outcome:
@@ -170,13 +173,23 @@ RUNS: dict[str, Callable[[Run], Outcome]] = {
 # --- figures ------------------------------------------------------------------------------------
 
 
+def is_done(name: str, run: Run) -> bool:
+    """Return whether a row's figures are in the folder."""
+    return _file(name, run).exists()
+
+
+def _file(name: str, run: Run) -> Path:
+    return run.folder / "rows" / f"{name}-{run.seed}.json"
+
+
 def row(name: str, run: Run) -> dict[str, Any]:
     """Return the figures of one row and seed, from the folder if they are there.
 
-    Accuracies are shares, ``seconds`` those of all training, removal and folding on the clock;
-    multiply-adds and depth are of the network as it would be used (:func:`deployed`).
+    Accuracies are shares, ``seconds`` those of all training, removal and folding on the clock
+    (compare epochs where other work kept the machine busy); multiply-adds and depth are of the
+    network as it would be used (:func:`deployed`).
     """
-    done = run.folder / "rows" / f"{name}-{run.seed}.json"
+    done = _file(name, run)
     if done.exists():
         return dict(json.loads(done.read_text()))
     run.say(f"seed {run.seed}, {name}")
@@ -226,13 +239,15 @@ def deployed(model: nn.Module, example: Tensor) -> nn.Module:
     return fold(copy, example, threshold=0, inplace=True).model
 
 
-def latencies(names: Iterable[str], run: Run, *, repeats: int = 50) -> dict[str, dict[str, float]]:
+def latencies(networks: Mapping[str, Run], *, repeats: int = 50) -> dict[str, dict[str, float]]:
     """Time one image through each row's network, deployed, in turns.
 
-    On one thread, or on the accelerator if there is one. By row ``ms``, the median, and
-    ``processor_ms``, of the processor's time, which other work on the machine disturbs less.
+    ``networks`` says of each row which run's network is meant. On one thread, or on the accelerator
+    if there is one. By row ``ms``, the median, and ``processor_ms``, of the processor's time, which
+    other work on the machine disturbs less.
     """
     device = default_device()
+    run = next(iter(networks.values()))
     image = next(iter(run.data.batches("valid", 1)))[0].to(device)
 
     def call(model: nn.Module) -> None:
@@ -240,8 +255,10 @@ def latencies(names: Iterable[str], run: Run, *, repeats: int = 50) -> dict[str,
         if device.type != "cpu":
             torch.accelerator.synchronize()
 
-    deployed_rows = {n: deployed(network(n, run).to(device), image) for n in names}
-    calls: Any = {name: partial(call, model) for name, model in deployed_rows.items()}
+    calls: dict[str, Callable[[], None]] = {
+        name: partial(call, deployed(network(name, one).to(device), image))
+        for name, one in networks.items()
+    }
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)

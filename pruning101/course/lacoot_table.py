@@ -33,6 +33,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     "quick": {
         "dataset": {"name": "digits", "image_size": 16, "channels": 3},
         "network": "resnet20",
+        "blocks": ["layer1.1", "layer1.2", "layer2.2", "layer3.2"],
         "images": {},
         "training": {"batch_size": 64, "schedule": "cosine", "precision": "float32"},
         "from_scratch": {"epochs": 8, "lr": 0.1},
@@ -45,6 +46,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     "standard": {
         "dataset": {"name": "cifar10"},
         "network": "resnet18",
+        "blocks": None,
         "images": {"train": 10_000, "valid": 1_000, "test": 5_000},
         "training": {
             "batch_size": 128,
@@ -63,6 +65,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     "paper": {
         "dataset": {"name": "cifar10"},
         "network": "resnet18",
+        "blocks": None,
         "images": {},
         "training": {
             "batch_size": 128,
@@ -161,10 +164,13 @@ def build(profile: str, seed: int) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
-def blocks_of(model: nn.Module, data: Dataset) -> list[str]:
-    """Return the names of all blocks that may be removed."""
-    images, _ = next(iter(data.batches("valid", 2)))
-    return structure.removable_blocks(model, images.to(runs.device_of(model)))
+def blocks_of(model: nn.Module, profile: str) -> list[str]:
+    """Return the names of the blocks that go: the profile's, or all that may be removed."""
+    data = load_data(profile)
+    images, _ = next(iter(data.batches("valid", 2, device=runs.device_of(model))))
+    removable = structure.removable_blocks(model, images)
+    chosen = PROFILES[profile]["blocks"]
+    return removable if chosen is None else [name for name in removable if name in chosen]
 
 
 def trained(kind: str, seed: int, profile: str, folder: Path) -> tuple[nn.Module, History]:
@@ -181,13 +187,13 @@ def trained(kind: str, seed: int, profile: str, folder: Path) -> tuple[nn.Module
     settings, data = PROFILES[profile], load_data(profile)
     model = build(profile, seed)
     if kind == "shallow":
-        for name in blocks_of(model, data):
+        for name in blocks_of(model, profile):
             structure.remove_block(model, name)
     options = dict(PENALTIES[kind] or {})
     strength = options.pop("strength", None)
     watching: AbstractContextManager[Any] = nullcontext()
     if strength is not None:
-        watching = BlockDistances(model, blocks_of(model, data), seed=seed, **options)
+        watching = BlockDistances(model, blocks_of(model, profile), seed=seed, **options)
     with watching as distances:
         history = fit(
             model,

@@ -28,16 +28,18 @@ def reproduce(
     rows: Sequence[str] | None = None,
     out: Path | None = None,
     folder: Path | None = None,
+    done: bool = False,
 ) -> tuple[str, Path]:
     """Make the table ``name``; return it as text, and the JSON file that it was saved in.
 
     ``folder`` (by default ``runs/reproduce/NAME-PROFILE``) keeps every epoch, round and row that is
     done: the same call goes on from there to the same figures, and one with more seeds or rows does
-    only what is missing. ``out`` is by default ``table.json`` in it. By default all rows.
+    only what is missing. ``out`` is by default ``table.json`` in it. By default all rows. With
+    ``done`` nothing is trained: the table is that of the rows and seeds that are there.
 
     Raises:
         ValueError: an unknown name, profile or row, a seed that is none, or a folder that was begun
-            with other settings; all before any work.
+            with other settings; with ``done``, one where no row is; all before any work.
     """
     _known("table", name, TABLES)
     _known("profile", profile, tuple(lacoot_table.PROFILES))
@@ -54,12 +56,21 @@ def reproduce(
     _bind(folder, {"profile": profile, **lacoot_table.settings(profile)})
 
     say = functools.partial(print, file=sys.stderr, flush=True)
-    all_runs = [lacoot_rows.Run(seed, profile, folder, say) for seed in seeds]
-    found = [lacoot_rows.row(row, run) for run in all_runs for row in chosen]
-    timed = _latencies(chosen, all_runs[0])
+    wanted = [
+        (row, run)
+        for run in (lacoot_rows.Run(seed, profile, folder, say) for seed in seeds)
+        for row in chosen
+        if not done or lacoot_rows.is_done(row, run)
+    ]
+    if not wanted:
+        raise ValueError(f"No row is done in {str(folder)!r}; make some without --done.")
+    found = [lacoot_rows.row(*one) for one in wanted]
+    chosen = [row for row in chosen if row in dict(wanted)]
+    timed = _latencies({row: run for row, run in reversed(wanted)})
     summary = [_summary(row, [f for f in found if f["row"] == row], timed) for row in chosen]
     command = ["pruning101 reproduce", name, "--profile", profile, "--seeds", *map(str, seeds)]
-    command += [] if rows is None else ["--rows", *chosen]
+    command += [] if rows is None and not done else ["--rows", *chosen]
+    command += ["--done"] if done else []
     payload = {
         "environment": environment() | {"command": " ".join(command)},
         "profile": profile,
@@ -103,17 +114,22 @@ def _bind(folder: Path, settings: dict[str, Any]) -> None:
             )
 
 
-def _latencies(rows: list[str], run: lacoot_rows.Run) -> dict[str, dict[str, float]]:
-    """The rows' latencies, side by side: measured again where other rows than last time ask."""
-    path = run.folder / f"latency-{run.seed}.json"
+def _latencies(networks: dict[str, lacoot_rows.Run]) -> dict[str, dict[str, float]]:
+    """The rows' latencies, side by side: measured again where other networks than last time are.
+
+    ``networks`` says of each row which seed's network is timed.
+    """
+    run = next(iter(networks.values()))
+    path = run.folder / "latency.json"
+    seeds = {row: one.seed for row, one in networks.items()}
     if path.exists():
-        before: dict[str, dict[str, float]] = json.loads(path.read_text())
-        if set(before) == set(rows):
-            return before
-    run.say(f"seed {run.seed}, latency of {len(rows)} networks")
-    timed = lacoot_rows.latencies(rows, run)
+        before = json.loads(path.read_text())
+        if before["seeds"] == seeds:
+            return dict(before["rows"])
+    run.say(f"latency of {len(networks)} networks")
+    timed = lacoot_rows.latencies(networks)
     with written_whole(path) as part:
-        part.write_text(json.dumps(timed, indent=1))
+        part.write_text(json.dumps({"seeds": seeds, "rows": timed}, indent=1))
     return timed
 
 

@@ -172,6 +172,7 @@ def test_reproduce_hands_on_its_options_and_prints_table_and_path(monkeypatch, t
         "rows": ["original", "lacoot"],
         "out": None,
         "folder": tmp_path,
+        "done": False,
     }
 
 

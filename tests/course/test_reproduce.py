@@ -20,6 +20,7 @@ from pruning101.lacoot import block_distances, relative_change
 TINY = {
     "dataset": {"name": "digits", "channels": 3},
     "network": "resnet20",
+    "blocks": ["layer1.1", "layer2.2", "layer3.2", "layer3.1"],
     "images": {"train": 192, "valid": 96, "test": 64},
     "training": {"batch_size": 64, "schedule": "cosine", "precision": "float32"},
     "from_scratch": {"epochs": 2, "lr": 0.05},
@@ -79,16 +80,20 @@ def test_a_kind_trains_with_its_penalty(tmp_path, monkeypatch, kind, parts):
     assert asked["seed"] == 3
 
 
-def test_plain_and_shallow_have_no_penalty_and_shallow_no_removable_block(tmp_path):
+def test_plain_and_shallow_have_no_penalty_and_shallow_none_of_the_blocks(tmp_path, monkeypatch):
     networks = {kind: trained(kind, 0, "tiny", tmp_path)[0] for kind in ("plain", "shallow")}
     for kind in networks:
         assert torch.load(tmp_path / f"{kind}-0.pt")["settings"]["penalty"] is None
     data = load_data("tiny")
-    assert len(blocks_of(networks["plain"], data)) == 7
-    assert blocks_of(networks["shallow"], data) == []
+    names = ["layer1.1", "layer2.2", "layer3.1", "layer3.2"]
+    assert blocks_of(networks["plain"], "tiny") == names
+    assert blocks_of(networks["shallow"], "tiny") == []
     image = next(iter(data.batches("valid", 1)))[0]
     assert footprint(networks["plain"], image).depth == 20
-    assert footprint(networks["shallow"], image).depth == 6
+    assert footprint(networks["shallow"], image).depth == 12
+    monkeypatch.setitem(lacoot_table.PROFILES, "tiny", TINY | {"blocks": None})
+    removable = structure.removable_blocks(networks["plain"], image)
+    assert blocks_of(networks["plain"], "tiny") == removable != names
 
 
 def test_an_unknown_kind_is_named_beside_the_known(tmp_path):
@@ -149,11 +154,11 @@ def test_removal_is_in_ascending_order_and_figures_are_those_of_the_networks(tmp
     figures = row(name, run)
     model, history = trained(kind, 0, "tiny", tmp_path)
     data = load_data("tiny")
-    batches = data.batches("valid", 125)
+    batches, blocks = data.batches("valid", 125), TINY["blocks"]
     if kind == "relative":
-        distances = relative_change(model, batches)
+        distances = relative_change(model, batches, blocks=blocks)
     else:
-        distances = block_distances(model, batches, direction="ascent")
+        distances = block_distances(model, batches, blocks=blocks, direction="ascent")
     order = sorted(distances, key=distances.get)
     assert [one.get("removed") for one in figures["after"]] == [None, *order]
     for one in figures["after"]:
@@ -247,6 +252,30 @@ def test_a_done_run_prints_again_without_training(tmp_path, monkeypatch, capsys)
     assert reproduce("lacoot", **options) == (text, out)
     assert out.read_text() == before
     assert capsys.readouterr().err == ""
+
+
+def test_done_shows_what_is_there_and_trains_nothing(tmp_path, monkeypatch):
+    options = {"profile": "tiny", "folder": tmp_path}
+    with pytest.raises(ValueError, match=r"^No row is done in '[^\n]*; make some without --done.$"):
+        reproduce("lacoot", **options, done=True)
+    for rows, seed in ((["shallow"], 0), (["shallow", "original"], 1)):
+        reproduce("lacoot", **options, rows=rows, seeds=[seed])
+    for module in (lacoot_table, lacoot_rows):
+        monkeypatch.setattr(module, "fit", None)
+    timed = []
+
+    def latencies(networks):
+        timed.append({row: run.seed for row, run in networks.items()})
+        return {row: {"ms": 1.0, "processor_ms": 1.0} for row in networks}
+
+    monkeypatch.setattr(lacoot_rows, "latencies", latencies)
+    text, out = reproduce("lacoot", **options, seeds=[0, 1, 2], done=True)
+    assert [line.split()[0] for line in text.splitlines()[1:]] == ["original", "shallow"]
+    found = json.loads(out.read_text())
+    assert [one["seeds"] for one in found["rows"]] == [[1], [0, 1]]
+    assert timed == [{"original": 1, "shallow": 0}]
+    end = "--seeds 0 1 2 --rows original shallow --done"
+    assert found["environment"]["command"].endswith(end)
 
 
 def test_what_is_kept_says_how_it_was_made(tmp_path):
