@@ -131,9 +131,9 @@ SMOKE["resnet18"]["heal"] = {"epochs": 1, "lr": 0.01}
 SMOKE["swin_t"] |= {"orders": 2, "greedy": 1, "penalties": {"plain": None}}
 
 MEASURES: dict[str, Callable[..., dict[str, float]]] = {
-    "random": lacoot.block_distances,
+    "random": partial(lacoot.block_distances, direction="random"),
     "ascent": partial(lacoot.block_distances, direction="ascent"),
-    "random_normalised": partial(lacoot.block_distances, normalise=True),
+    "random_normalised": partial(lacoot.block_distances, direction="random", normalise=True),
     "ascent_normalised": partial(lacoot.block_distances, direction="ascent", normalise=True),
     "relative_change": lacoot.relative_change,
     "block_influence": lacoot.block_influence,
