@@ -169,8 +169,10 @@ def rankings(model: nn.Module, data: Dataset, seed: int) -> dict[str, dict[str, 
             noise = torch.randn(images.shape, generator=generator)
             batches.append(((noised(images, timesteps, noise), timesteps, labels), labels))
     return {
-        "random": lacoot.block_distances(model, batches),
-        "random_normalised": lacoot.block_distances(model, batches, normalise=True),
+        "random": lacoot.block_distances(model, batches, direction="random"),
+        "random_normalised": lacoot.block_distances(
+            model, batches, direction="random", normalise=True
+        ),
         "ascent": lacoot.block_distances(model, batches, direction="ascent"),
         "relative_change": lacoot.relative_change(model, batches),
         "block_influence": lacoot.block_influence(model, batches),

@@ -37,9 +37,9 @@ from pruning101.core.training import evaluate
 from pruning101.lacoot import BlockDistances
 
 OURS: dict[str, dict[str, Any]] = {
-    "random": {},
+    "random": {"direction": "random"},
     "ascent": {"direction": "ascent"},
-    "random, normalised": {"normalise": True},
+    "random, normalised": {"direction": "random", "normalise": True},
     "ascent, normalised": {"direction": "ascent", "normalise": True},
     "relative": {"measure": "relative"},
 }

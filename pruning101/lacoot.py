@@ -51,7 +51,7 @@ class BlockDistances:
     In a ``with`` statement, with its penalty handed to ``training.fit``::
 
         with BlockDistances(model, example=images) as distances:
-            fit(model, data, epochs=10, lr=0.1, penalty=distances.penalty(5.0))
+            fit(model, data, epochs=10, lr=0.1, penalty=distances.penalty(0.1))
 
     ``blocks`` are names; without them all that :func:`structure.removable_blocks` finds with
     ``example``, one input batch or a tuple for ``model(*example)``. An input's features are one
@@ -62,7 +62,9 @@ class BlockDistances:
     - ``"relative"``: the mean of |output - input| / |input|, what :func:`relative_change` ranks
       by: each output is compared with its own input, not one set of features with the other.
 
-    With "ascent" the climb is a short one, so that a step stays cheap: no random starts and 4
+    By default the direction is really maximised ("ascent"), since that left more accuracy after
+    removal on CIFAR-10; the published code's is "random", 50 of them, at a ``strength`` some 30
+    times as large. The climb is a short one, so that a step stays cheap: no random starts and 4
     iterations, unless told otherwise. Nothing is kept from step to step, since the best direction
     for one batch is none for the next.
 
@@ -89,7 +91,7 @@ class BlockDistances:
         measure: Measure = "wasserstein",
         n_projections: int | None = None,
         p: float = 2,
-        direction: Direction = "random",
+        direction: Direction = "ascent",
         iterations: int = 4,
         normalise: bool = False,
         generator: torch.Generator | None = None,
@@ -98,7 +100,7 @@ class BlockDistances:
         if measure not in ("wasserstein", "relative"):
             raise ValueError(f'measure must be "wasserstein" or "relative", not {measure!r}.')
         given = n_projections, p, direction, iterations, normalise
-        if measure == "relative" and given != (None, 2, "random", 4, False):
+        if measure == "relative" and given != (None, 2, "ascent", 4, False):
             raise ValueError(
                 'measure="relative" takes no n_projections, p, direction, iterations or normalise; '
                 "leave them out."
@@ -196,7 +198,7 @@ def block_distances(
     blocks: Sequence[str] | None = None,
     n_projections: int = 50,
     p: float = 2,
-    direction: Direction = "random",
+    direction: Direction = "ascent",
     iterations: int = 16,
     normalise: bool = False,
     generator: torch.Generator | None = None,

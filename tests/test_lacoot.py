@@ -407,7 +407,14 @@ def gradients_of(model, value):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("options", [{}, {"direction": "ascent", "normalise": True}, {"p": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"direction": "random"},
+        {"direction": "ascent", "normalise": True},
+        {"direction": "random", "p": 1},
+    ],
+)
 def test_the_penalty_is_the_mean_distance_with_gradients_to_both_sides(options):
     model, images = Residual(), images_of(9)
     options |= {"n_projections": 7, "iterations": 2}
@@ -479,7 +486,7 @@ def test_the_relative_penalty_is_the_score_of_the_same_name():
     [
         {"n_projections": 50},
         {"p": 1},
-        {"direction": "ascent"},
+        {"direction": "random"},
         {"iterations": 16},
         {"normalise": True},
     ],
@@ -518,7 +525,7 @@ class StopsAt:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "chosen", [{"n_projections": 3}, {"direction": "ascent"}, {"measure": "relative"}]
+    "chosen", [{"direction": "random", "n_projections": 3}, {}, {"measure": "relative"}]
 )
 def test_a_run_that_goes_on_from_its_checkpoint_ends_where_a_whole_one_does(
     tmp_path, precision, chosen
@@ -561,7 +568,8 @@ def test_steps_draw_new_directions_and_seeds_tell_them_apart():
     model, images = Residual(), images_of(9)
 
     def three_steps(**options):
-        with lacoot.BlockDistances(model, NAMES, n_projections=2, **options) as distances:
+        options |= {"direction": "random", "n_projections": 2}
+        with lacoot.BlockDistances(model, NAMES, **options) as distances:
             penalty = distances.penalty(1.0)
             return [float((model(images), penalty(model))[1].detach()) for _ in range(3)]
 
@@ -576,7 +584,7 @@ def test_steps_draw_new_directions_and_seeds_tell_them_apart():
 
 def test_ascent_in_training_is_short_draws_nothing_and_keeps_nothing():
     model, images = Residual(), images_of(9)
-    with lacoot.BlockDistances(model, NAMES, direction="ascent") as distances:
+    with lacoot.BlockDistances(model, NAMES) as distances:
         values = []
         for _ in range(2):
             model(images)
@@ -792,7 +800,7 @@ def test_block_distances_are_means_over_batches_by_size_in_ascending_order():
     generator, expected = seeded(0), dict.fromkeys(NAMES, 0.0)
     for images, _ in batches:
         for name, x, y in streams(model, images):
-            one = lacoot.max_sliced_wasserstein(x, y, generator=generator)
+            one = lacoot.max_sliced_wasserstein(x, y, direction="ascent", generator=generator)
             expected[name] += len(images) / 12 * float(one)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     found = lacoot.block_distances(model, batches)

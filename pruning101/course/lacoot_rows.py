@@ -96,8 +96,12 @@ def without_blocks(kind: str, run: Run) -> Outcome:
 def distances_of(
     kind: str, model: nn.Module, batches: Any, blocks: Sequence[str]
 ) -> dict[str, float]:
-    """Return what the penalty of a kind measures of each block, the smallest first."""
-    options = {k: v for k, v in (PENALTIES[kind] or {}).items() if k != "strength"}
+    """Return what the penalty of a kind measures of each block, the smallest first.
+
+    Without a penalty, what the published code measures.
+    """
+    options = dict(PENALTIES[kind] or {"direction": "random"})
+    options.pop("strength", None)
     if options.get("measure") == "relative":
         return relative_change(model, batches, blocks=blocks)
     return block_distances(model, batches, blocks=blocks, **options)

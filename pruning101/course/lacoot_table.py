@@ -94,10 +94,10 @@ PROFILES: dict[str, dict[str, Any]] = {
 PENALTIES: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "shallow": None,
-    "random": {"strength": 5.0},
-    "random_weak": {"strength": 1.0},
+    "random": {"strength": 5.0, "direction": "random"},
+    "random_weak": {"strength": 1.0, "direction": "random"},
     "ascent": {"strength": 0.1, "direction": "ascent"},
-    "random_normalised": {"strength": 1.0, "normalise": True},
+    "random_normalised": {"strength": 1.0, "direction": "random", "normalise": True},
     "ascent_normalised": {"strength": 1.0, "direction": "ascent", "normalise": True},
     "relative": {"strength": 1.0, "measure": "relative"},
 }

@@ -41,7 +41,7 @@ class Trained:
     steps: np.ndarray
     distances: np.ndarray
     measure: lacoot.Measure = "wasserstein"
-    direction: Direction = "random"
+    direction: Direction = "ascent"
     normalise: bool = False
     history: History | None = None
 
@@ -119,7 +119,7 @@ def train(
     lr: float,
     blocks: Sequence[str] | None = None,
     measure: lacoot.Measure = "wasserstein",
-    direction: Direction = "random",
+    direction: Direction = "ascent",
     normalise: bool = False,
     points: int = 40,
     seed: int = 0,
@@ -268,7 +268,7 @@ def _rankings(
     blocks = how["blocks"]
     order = lacoot.random_order(blocks, seed)
     return {
-        RANDOM: lacoot.block_distances(model, batches(), **how),
+        RANDOM: lacoot.block_distances(model, batches(), direction="random", **how),
         MAXIMISED: lacoot.block_distances(model, batches(), direction="ascent", **how),
         CHANGE: lacoot.relative_change(model, batches(), blocks=blocks),
         INFLUENCE: lacoot.block_influence(model, batches(), blocks=blocks),
