@@ -28,21 +28,22 @@ Structure of `results/lacoot_rankings.json`::
       .curves[]             one dict a kind, ranking and number of blocks gone; F = {mean, least,
                             greatest} over seeds: kind, ranking, removed, seeds, test_accuracy F,
                             gain F (what test_accuracy is above that of "chance" of the same
-                            network), valid_accuracy F (resnet18 alone, else null)
+                            network), valid_accuracy F (null for "chance")
       .quality[]            one dict a kind and ranking: kind, ranking, seeds, gain F (mean over all
                             numbers gone but none and all), beats F (the share of all orders whose
                             mean accuracy is lower, ties half: 0.5 is no better than chance, 1 the
-                            best there is; noise where "best" and "worst" are within a point)
+                            best there is; noise where "best" and "worst" are within a point),
+                            valid_accuracy F (mean over the same numbers gone)
       .distances[]          kind, measure, block, seeds, value F: on valid, batches of 128
       .prices[]             one dict a kind: kind, seeds, whole F (test accuracy with all blocks),
                             lost F (what plain of the same seed has more), half_gone F (half of the
                             blocks gone, in the order of half_ranking, the ranking of the greatest
-                            mean gain in `quality`), all_gone F, healed F (all gone, then trained
-                            on as in recipe.heal; null for swin_t), seconds F (of training, on the
-                            clock of a machine that other work kept busy), seconds_ratio F (against
-                            plain of the same seed), step_ratio (processor time of one training
-                            step against a plain one's, in turns in one process; null if not
-                            measured). The kind "shallow" of resnet18 never had those blocks, and
+                            mean valid_accuracy in `quality`), all_gone F, healed F (all gone, then
+                            trained on as in recipe.heal; null for swin_t), seconds F (of training,
+                            on the clock of a machine that other work kept busy), seconds_ratio F
+                            (against plain of the same seed), step_ratio (processor time of one
+                            training step against a plain one's, in turns in one process; null if
+                            not measured). The kind "shallow" of resnet18 never had those blocks, and
                             has nulls where nothing can be removed
       .seeds[]              one dict a network: seed, kind, seconds, whole, scores {measure: {block:
                             value}}, orders {ranking: names}, accuracy {ranking: [test accuracy
@@ -60,7 +61,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -369,6 +370,8 @@ def examined(
     place = folder and folder / f"{kind}-{seed}-subsets.json"
     removals = Removals(model, data, blocks, place)
     accuracy = {ranking: removals.along(order) for ranking, order in orders.items()}
+    for order in orders.values():
+        removals.along(order, "valid")
     chosen: dict[str, list[list[str]]] = {}
     if setting["all_orders"]:
         others = [list(order) for order in itertools.permutations(blocks)]
@@ -492,6 +495,7 @@ def tables(
             for removed in range(len(found[0]["accuracy"][ranking])):
                 at = [row["accuracy"][ranking][removed] for row in found]
                 chance = [row["accuracy"]["chance"][removed] for row in found]
+                valid: list[Any] = [on_valid(row, ranking, removed) for row in found]
                 curves.append(
                     {
                         "kind": kind,
@@ -500,7 +504,7 @@ def tables(
                         "seeds": len(found),
                         "test_accuracy": spread(at),
                         "gain": spread([a - c for a, c in zip(at, chance, strict=True)]),
-                        "valid_accuracy": on_valid(found, ranking, removed),
+                        "valid_accuracy": None if None in valid else spread(valid),
                     }
                 )
         for ranking in RANKINGS:
@@ -509,6 +513,15 @@ def tables(
                 for row in found
             ]
             beats = [row["orders_beaten"][ranking] for row in found]
+            valid = [
+                inside(
+                    [
+                        cast(float, on_valid(row, ranking, n))
+                        for n in range(len(row["scores"]["random"]) + 1)
+                    ]
+                )
+                for row in found
+            ]
             quality.append(
                 {
                     "kind": kind,
@@ -516,6 +529,7 @@ def tables(
                     "seeds": len(found),
                     "gain": spread(gains),
                     "beats": spread(beats),
+                    "valid_accuracy": spread(valid),
                 }
             )
         for measure, scores in found[0]["scores"].items():
@@ -525,7 +539,9 @@ def tables(
                 distances.append(one | {"value": spread(values)})
     best = max(
         RANKINGS,
-        key=lambda r: statistics.fmean(q["gain"]["mean"] for q in quality if q["ranking"] == r),
+        key=lambda r: statistics.fmean(
+            q["valid_accuracy"]["mean"] for q in quality if q["ranking"] == r
+        ),
     )
     for kind, found in kinds.items():
         paired = [row for row in found if row["seed"] in plain]
@@ -559,22 +575,16 @@ def tables(
     return {"curves": curves, "quality": quality, "distances": distances, "prices": prices}
 
 
-def on_valid(found: list[Any], ranking: str, removed: int) -> dict[str, float] | None:
-    """Accuracy on `valid` where all subsets were measured on it."""
-    values = []
-    for row in found:
-        if ranking == "chance" or ranking not in row["orders"] | row["chosen"]:
-            return None
-        if ranking in row["orders"]:
-            gone = row["orders"][ranking][:removed]
-        else:
-            gone = row["chosen"][ranking][removed]
-        measured = {frozenset(k.split("+")) - {""}: v for k, v in row["subsets"].items()}
-        accuracy = measured[frozenset(gone)].get("valid")
-        if accuracy is None:
-            return None
-        values.append(accuracy)
-    return spread(values)
+def on_valid(row: dict[str, Any], ranking: str, removed: int) -> float | None:
+    """Accuracy on `valid` after so many removals, where it was measured."""
+    if ranking in row["orders"]:
+        gone = row["orders"][ranking][:removed]
+    elif ranking in row["chosen"]:
+        gone = row["chosen"][ranking][removed]
+    else:
+        return None
+    measured = {frozenset(k.split("+")) - {""}: v for k, v in row["subsets"].items()}
+    return measured[frozenset(gone)].get("valid")
 
 
 if __name__ == "__main__":
