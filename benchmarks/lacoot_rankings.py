@@ -43,8 +43,8 @@ Structure of `results/lacoot_rankings.json`::
                             on the clock of a machine that other work kept busy), seconds_ratio F
                             (against plain of the same seed), step_ratio (processor time of one
                             training step against a plain one's, in turns in one process; null if
-                            not measured). The kind "shallow" of resnet18 never had those blocks, and
-                            has nulls where nothing can be removed
+                            not measured). The kind "shallow" of resnet18 never had those blocks,
+                            and has nulls where nothing can be removed
       .seeds[]              one dict a network: seed, kind, seconds, whole, scores {measure: {block:
                             value}}, orders {ranking: names}, accuracy {ranking: [test accuracy
                             with 0, 1, ... gone]}, orders_beaten {ranking: share}, chosen {best,
