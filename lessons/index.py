@@ -42,7 +42,7 @@
 # | 06 | [Layer folding](06_layer_folding.ipynb) | Ben Dror et al. 2022 | 35 min | 1 minute | [exercises](exercises/06_layer_folding.ipynb) |
 # | 07 | [Activation entropy](07_activation_entropy.ipynb) | EGP, NEPENTHE, EASIER, TLC | 35 min | 1 minute | [exercises](exercises/07_activation_entropy.ipynb) |
 # | 08 | [Layer collapse](08_layer_collapse.ipynb) | Zibakhsh Shabgahi et al. 2023 | 35 min | 1 minute | [exercises](exercises/08_layer_collapse.ipynb) |
-# | 09 | Whole layers by optimal transport | LaCoOT | | | not there yet |
+# | 09 | [Whole layers by optimal transport](09_lacoot.ipynb) | LaCoOT (Quétu et al. 2025) | 35 min | 5.5 minutes | [exercises](exercises/09_lacoot.ipynb) |
 # | 10 | Intra-fusion | Theus et al. 2024 | | | not there yet |
 # | 11 | Token folding | ToMe 2023, FOLDER 2025 | | | not there yet |
 # | 12 | Frontiers | what is being tried now | | | not there yet |
@@ -104,6 +104,10 @@
 # | $\mu$ | `momentum` | an optimiser's momentum |
 # | $S$ | `sensitivity` | how strongly the outputs react to a unit |
 # | $\lambda$ | `strength` | weight of a penalty in the loss |
+# | $v$ | `projections` | a direction of length 1 among features |
+# | $D$ | `distance` | max-sliced Wasserstein distance of two sets of features |
+# | $r$ | `relative_change` | how far outputs are from their own inputs, in lengths of these |
+# | $B$ | `blocks` | number of blocks that may go |
 # | $\eta$ | `lr` | learning rate |
 # | $N$, $C$, $H$, $W$ | `images.shape` | examples, channels, height, width |
 # | $K$ | `classes` | number of outputs |
@@ -112,6 +116,7 @@
 # ## Glossary
 #
 # - **Accuracy**: share of examples that are classified rightly.
+# - **Block**: layers beside a shortcut, whose output is added to their input.
 # - **Border**: the outputs at an image's edge, where one convolution cannot do
 #   what two did, because the second read zeros there.
 # - **Budget**: what two methods must have in common to be compared: steps of
@@ -133,6 +138,8 @@
 # - **Fine-tuning, healing, retraining**: training on after a removal.
 # - **Folding**: making an activation linear and merging the layers around it.
 # - **Footprint**: parameters, non-zeros, MACs, depth and bytes, together.
+# - **Frechet distance**: how far two sets of images are apart: the distance of
+#   two Gaussians with the means and covariances of a classifier's features.
 # - **Global, layerwise**: whether one threshold serves all layers, or each
 #   layer has its own.
 # - **Group**: channels that can only be removed together, in every layer that
@@ -150,6 +157,8 @@
 #   is as large and as slow as before.
 # - **Materialise**: turn zeros that fill whole channels into a smaller network
 #   of the same function.
+# - **Max-sliced Wasserstein distance**: how far two sets of points are apart
+#   along the direction in which they are furthest apart.
 # - **Merging**: writing two layers with nothing non-linear between as one.
 # - **ON, OFF**: the two states of a unit, its pre-activation above or below 0.
 #   At exactly 0 it is in neither.
