@@ -14,7 +14,7 @@
 # %% [markdown]
 # # Whole layers by optimal transport
 #
-# reading: 35 minutes · compute: about 5.5 minutes ·
+# reading: 35 minutes · compute: about 1.5 minutes ·
 # before: training a small network; lesson 8's experiments help ·
 # paper: LaCoOT (Quétu et al. 2025)
 #

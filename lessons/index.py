@@ -42,7 +42,7 @@
 # | 06 | [Layer folding](06_layer_folding.ipynb) | Ben Dror et al. 2022 | 35 min | 1 minute | [exercises](exercises/06_layer_folding.ipynb) |
 # | 07 | [Activation entropy](07_activation_entropy.ipynb) | EGP, NEPENTHE, EASIER, TLC | 35 min | 1 minute | [exercises](exercises/07_activation_entropy.ipynb) |
 # | 08 | [Layer collapse](08_layer_collapse.ipynb) | Zibakhsh Shabgahi et al. 2023 | 35 min | 1 minute | [exercises](exercises/08_layer_collapse.ipynb) |
-# | 09 | [Whole layers by optimal transport](09_lacoot.ipynb) | LaCoOT (Quétu et al. 2025) | 35 min | 5.5 minutes | [exercises](exercises/09_lacoot.ipynb) |
+# | 09 | [Whole layers by optimal transport](09_lacoot.ipynb) | LaCoOT (Quétu et al. 2025) | 35 min | 1.5 minutes | [exercises](exercises/09_lacoot.ipynb) |
 # | 10 | Intra-fusion | Theus et al. 2024 | | | not there yet |
 # | 11 | Token folding | ToMe 2023, FOLDER 2025 | | | not there yet |
 # | 12 | Frontiers | what is being tried now | | | not there yet |

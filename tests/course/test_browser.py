@@ -19,7 +19,7 @@ FLAGS = [
 ]
 MINUTE = 60_000  # milliseconds
 LESSONS = ["03_magnitude", "04_lottery_tickets", "05_structured"]
-LESSONS += ["06_layer_folding", "07_activation_entropy", "08_layer_collapse"]
+LESSONS += ["06_layer_folding", "07_activation_entropy", "08_layer_collapse", "09_lacoot"]
 
 RUNNING = """() => {
     const panel = window.jupyterapp && window.jupyterapp.shell.currentWidget;
