@@ -911,7 +911,8 @@ if kept := result("lacoot_table_standard"):
 # that end in *healed* were trained on after the cut. *shallow* never had the
 # four blocks, *plain_removed* lost them without a penalty. Mind the epochs:
 # methods that retrain had more of them, and in so short a training that
-# alone gains points. At equal epochs and MACs, compare with *shallow*.
+# alone gains points. At equal epochs and MACs, compare with *shallow*. And
+# once trained on, what was penalised is no better than what was merely cut.
 #
 # Those networks in more detail: what each training bought (blocks removed in
 # the order of their relative change), and how rankings do on the plain ones.
@@ -937,8 +938,8 @@ if kept := result("lacoot_rankings"):
                 key: spread(found, 100) if isinstance(found, dict) else found
                 for key, found in row.items()
             }
-            if ratio := price["seconds_ratio"]:
-                kinds[kind]["time"] = f"{ratio['mean']:.2f}x"
+            if ratio := price["step_ratio"]:
+                kinds[kind]["a step"] = f"{ratio:.2f}x"
         for ranking in RANKED:
             found = [gone.get(("plain", ranking, n)) for n in range(count)]
             if any(found):
