@@ -58,7 +58,6 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
@@ -66,14 +65,16 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from common import RESULTS, interleaved, spread, write
-from torch import Tensor, nn
+from torch import nn
 
 from pruning101 import lacoot
 from pruning101.core import masks, models, structure
+from pruning101.core.block_features import valid_batches
 from pruning101.core.data import Dataset, load
-from pruning101.core.files import written_whole
+from pruning101.core.files import write_json
 from pruning101.core.training import evaluate, fit
 from pruning101.course import lacoot_table
+from pruning101.course.lacoot_rows import seconds_of
 
 
 def warm_up_and_cosine(progress: float) -> float:
@@ -108,7 +109,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         },
         "penalties": {
             "plain": None,
-            "random": {"strength": 0.1},
+            "random": {"strength": 0.1, "direction": "random"},
             "relative": {"strength": 1.0, "measure": "relative"},
             "ascent": {"strength": 0.1, "direction": "ascent"},
         },
@@ -124,7 +125,7 @@ SMOKE: dict[str, dict[str, Any]] = {
         "dataset": {"name": "digits", "image_size": 16, "channels": 3},
         "images": {"train": 128, "valid": 32, "test": 32},
         "training": setting["training"] | {"epochs": 1, "batch_size": 32},
-        "penalties": {"plain": None, "random": {"strength": 0.1}},
+        "penalties": {"plain": None, "random": {"strength": 0.1, "direction": "random"}},
     }
     for name, setting in SETTINGS.items()
 }
@@ -176,20 +177,16 @@ def main() -> None:
             for kind in options.kinds:
                 place = options.folder / name / f"{kind}-{seed}.json"
                 if not place.exists():
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    keep(
+                    write_json(
                         place,
                         examined(name, setting, kind, seed, options.networks, place.parent),
                     )
                 write(options.out.resolve(), collect(options.folder))
         if options.steps:
-            keep(options.folder / name / "steps.json", step_ratios(name, setting, options.kinds))
+            write_json(
+                options.folder / name / "steps.json", step_ratios(name, setting, options.kinds)
+            )
             write(options.out.resolve(), collect(options.folder))
-
-
-def keep(place: Path, content: Any) -> None:
-    with written_whole(place) as part:
-        part.write_text(json.dumps(content))
 
 
 # --- networks -------------------------------------------------------------------------------------
@@ -233,10 +230,12 @@ def trained(
     """The trained network of a kind, and the seconds that its epochs took."""
     if name == "resnet18" and networks is not None:
         model, history = lacoot_table.trained(kind, seed, "standard", networks)
-        return model, sum(epoch.seconds for epoch in history)
+        return model, seconds_of(history)
     data = data_of(setting)
     model = build(name, setting, seed)
-    with penalised(model, blocks_of(model, data), setting["penalties"][kind], seed) as penalty:
+    with lacoot_table.penalised(
+        model, blocks_of(model, data), setting["penalties"][kind], seed
+    ) as penalty:
         history = fit(
             model,
             data,
@@ -246,27 +245,7 @@ def trained(
             progress=False,
             **setting["training"],
         )
-    return model, sum(epoch.seconds for epoch in history)
-
-
-class penalised:
-    """Give the penalty of a kind for `fit`, or None, and watch the blocks meanwhile."""
-
-    def __init__(
-        self, model: nn.Module, blocks: list[str], options: dict[str, Any] | None, seed: int
-    ) -> None:
-        options = dict(options or {})
-        self.strength = options.pop("strength", None)
-        self.watching: AbstractContextManager[Any] = nullcontext()
-        if self.strength is not None:
-            self.watching = lacoot.BlockDistances(model, blocks, seed=seed, **options)
-
-    def __enter__(self) -> Callable[[nn.Module], Tensor] | None:
-        distances = self.watching.__enter__()
-        return None if distances is None else distances.penalty(self.strength)
-
-    def __exit__(self, *error: Any) -> None:
-        self.watching.__exit__(*error)
+    return model, seconds_of(history)
 
 
 def step_ratios(name: str, setting: dict[str, Any], kinds: Sequence[str]) -> dict[str, float]:
@@ -282,7 +261,7 @@ def step_ratios(name: str, setting: dict[str, Any], kinds: Sequence[str]) -> dic
             for block in blocks:
                 structure.remove_block(model, block)
         optimiser = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
-        with penalised(model, blocks, setting["penalties"].get(kind), 0) as penalty:
+        with lacoot_table.penalised(model, blocks, setting["penalties"].get(kind), 0) as penalty:
             while True:
                 optimiser.zero_grad()
                 with torch.autocast("cpu", torch.bfloat16, options["precision"] == "bfloat16"):
@@ -329,7 +308,7 @@ class Removals:
                 score = evaluate(self.without(gone), self.data, split, batch_size=250)
             self.known[key][split] = score.accuracy
             if self.place is not None:
-                keep(self.place, self.known)
+                write_json(self.place, self.known)
         return self.known[key][split]
 
     def along(self, order: Sequence[str], split: str = "test") -> list[float]:
@@ -359,11 +338,8 @@ def examined(
     if kind == "shallow":
         return row | {"whole": Removals(model, data, [], None).accuracy([])}
     blocks = blocks_of(model, data)
-    batches = data.batches("valid", 128)
-    scores = {
-        measure: score(model, [b for b in batches if len(b[0]) > 1], blocks=blocks)
-        for measure, score in MEASURES.items()
-    }
+    batches = list(valid_batches(data, 128))
+    scores = {measure: score(model, batches, blocks=blocks) for measure, score in MEASURES.items()}
     orders = {measure: sorted(blocks, key=found.__getitem__) for measure, found in scores.items()}
     orders["last"] = blocks[::-1]
     orders["reference"] = reference_order(model, data, scores["random"])

@@ -25,6 +25,7 @@ from pruning101.core.block_features import (
     StepFeatures,
     chosen_blocks,
     mean_over_batches,
+    valid_batches,
 )
 from pruning101.core.block_scores import angular_distance as angular_distance
 from pruning101.core.block_scores import block_influence as block_influence
@@ -296,8 +297,8 @@ def remove_blocks(
             or other settings; all before any removal.
     """
     runs.check_numbers(epochs=heal_epochs, lr=lr, seed=seed, batch_size=batch_size)
-    if tolerance is not None and not 0 <= tolerance <= 1:
-        raise ValueError(f"tolerance must be a drop of accuracy in [0, 1], not {tolerance!r}.")
+    if tolerance is not None:
+        runs.check_numbers(tolerance=tolerance)
     if len(data.valid) < 2:
         raise ValueError(
             f"The valid split of {data.name!r} is too small ({len(data.valid)} images); removal is "
@@ -346,7 +347,7 @@ def remove_blocks(
         done = [step.removed for step in history]
         if None in done:
             return
-        before = evaluate(model, data, "valid").accuracy
+        before = 1.0 if tolerance is None else evaluate(model, data, "valid").accuracy
         for name in ranked[len(done) :]:
             start = time.perf_counter()
             smaller = masks.clone(work)
@@ -373,9 +374,7 @@ def remove_blocks(
 
 
 def _on_valid(model: nn.Module, data: Dataset, batch_size: int) -> dict[str, float]:
-    batches = data.batches("valid", max(2, batch_size), device=runs.device_of(model))
-    # A last batch of one image is no distribution.
-    return block_distances(model, (batch for batch in batches if len(batch[0]) > 1))
+    return block_distances(model, valid_batches(data, max(2, batch_size), runs.device_of(model)))
 
 
 def _ranked(distances: dict[str, float], order: Order) -> list[str]:

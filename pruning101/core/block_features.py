@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from pruning101.core import runs
 from pruning101.core.blocks import removable_blocks, why_not_removable
+from pruning101.core.data import Dataset
 from pruning101.core.tracing import Example, tensors_in, undisturbed
 
 InputBatches = Iterable[tuple[Example, Any]]
@@ -194,6 +195,14 @@ class StepFeatures:
         if name in self._found:
             raise ValueError(f"Block {name!r} is called twice in one forward pass; leave it out.")
         self._found[name] = x, y, x._version, y._version
+
+
+def valid_batches(
+    data: Dataset, batch_size: int, device: str | torch.device = "cpu"
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Give the batches of ``valid``, but no last one of a single image: it is no distribution."""
+    batches = data.batches("valid", batch_size, device=device)
+    return (batch for batch in batches if len(batch[0]) > 1)
 
 
 def mean_over_batches(

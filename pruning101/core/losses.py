@@ -1,12 +1,13 @@
 """What training minimises: losses of outputs and labels, distillation, or an objective."""
 
-import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pruning101.core import runs
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of outputs and labels
 Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]  # of model, images and labels
@@ -35,17 +36,7 @@ LOSSES: dict[str, Loss] = {"cross_entropy": F.cross_entropy, "squared_error": sq
 
 def loss_named(loss: str | Loss) -> Loss:
     """Return the loss of that name; a function is its own name."""
-    return loss if callable(loss) else LOSSES[known("loss", loss, LOSSES)]
-
-
-def known(what: str, name: str, names: Iterable[str]) -> str:
-    """Return ``name`` if it is one of ``names``, or raise a ``ValueError`` that says what is."""
-    names = list(names)
-    if name not in names:
-        near = difflib.get_close_matches(str(name), names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; choose one of {names}."
-        raise ValueError(f"Unknown {what} {name!r}{hint}")
-    return name
+    return loss if callable(loss) else LOSSES[runs.known("loss", loss, LOSSES)]
 
 
 def check_objective(objective: Any, *, loss: str | Loss, teacher: Any = None) -> None:

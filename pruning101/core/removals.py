@@ -149,8 +149,8 @@ def remove_in_rounds(
     runs.check_numbers(epochs=epochs, lr=lr, seed=seed)
     if limit is not None and (type(limit) is not int or limit < 1):
         raise ValueError(f"the number of rounds must be a whole number, 1 or more, not {limit!r}.")
-    if tolerance is not None and not 0 <= tolerance <= 1:
-        raise ValueError(f"tolerance must be a drop of accuracy in [0, 1], not {tolerance!r}.")
+    if tolerance is not None:
+        runs.check_numbers(tolerance=tolerance)
     history = History() if history is None else history
     history.bind(
         layers=None if layers is None else list(layers),

@@ -2,11 +2,12 @@
 
 import atexit
 import contextlib
+import difflib
 import hashlib
 import io
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from numbers import Integral, Real
 from pathlib import Path
@@ -105,11 +106,22 @@ def check_numbers(**values: float) -> None:
         "guidance": ("a finite number, 0 or more", lambda v: 0 <= v < math.inf),
         "strength": ("a finite number, 0 or more", lambda v: 0 <= v < math.inf),
         "seed": ("a whole number, 0 or more", lambda v: isinstance(v, Integral) and v >= 0),
+        "tolerance": ("a drop of accuracy in [0, 1]", lambda v: 0 <= v <= 1),
     }
     for name, value in values.items():
         words, holds = rules[name]
         if isinstance(value, bool) or not isinstance(value, Real) or not holds(value):
             raise ValueError(f"{name} must be {words}, not {value!r}.")
+
+
+def known(what: str, name: str, names: Iterable[str]) -> str:
+    """Return `name` if it is one of `names`, or raise a `ValueError` that says what is."""
+    names = list(names)
+    if name not in names:
+        near = difflib.get_close_matches(str(name), names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; choose one of {names}."
+        raise ValueError(f"Unknown {what} {name!r}{hint}")
+    return name
 
 
 def trial(
@@ -207,6 +219,14 @@ def digest(tensors: Iterable[Tensor]) -> str:
     return total.hexdigest()[:16]
 
 
+def difference(before: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Return the first setting that is not what it was, in words, or an empty string."""
+    for name in {**settings, **before}:
+        if before.get(name) != settings.get(name):
+            return f"{name}={before.get(name)!r}, not {settings.get(name)!r}"
+    return ""
+
+
 def save(
     path: Path,
     settings: dict[str, Any],
@@ -263,12 +283,11 @@ def resume(
         raise ValueError(
             f"{str(path)!r} is damaged or was not written by fit; delete it to start afresh."
         ) from e
-    for name in settings | before:
-        if before.get(name) != settings.get(name):
-            raise ValueError(
-                f"The checkpoint {str(path)!r} was made with {name}={before.get(name)!r}, not "
-                f"{settings.get(name)!r}; use the same settings, or another file."
-            )
+    if other := difference(before, settings):
+        raise ValueError(
+            f"The checkpoint {str(path)!r} was made with {other}; use the same settings, or "
+            "another file."
+        )
     model.load_state_dict(states[0])
     optimiser.load_state_dict(states[1])
     masks.refresh(model)

@@ -23,7 +23,6 @@ from pruning101.core.losses import (
     answer_of,
     check_objective,
     hits_of,
-    known,
     loss_named,
     scalar,
 )
@@ -80,7 +79,7 @@ def evaluate(
     """
     loss_function = loss_named(loss)
     check_objective(objective, loss=loss)
-    known("split", split, ("train", "valid", "test"))
+    runs.known("split", split, ("train", "valid", "test"))
     n = len(getattr(data, split))
     if n == 0:
         raise ValueError(f"The {split} split of {data.name!r} is empty: nothing to measure on.")
@@ -177,14 +176,14 @@ def fit(
         temperature=temperature,
         seed=seed,
     )
-    known("optimizer", optimizer, _OPTIMIZERS)
-    known("precision", precision, _PRECISIONS)
+    runs.known("optimizer", optimizer, _OPTIMIZERS)
+    runs.known("precision", precision, _PRECISIONS)
     loss_function = loss_named(loss)
     check_objective(objective, loss=loss, teacher=teacher)
     if callable(schedule):
         factor = schedule
     else:
-        factor = _SCHEDULES[known("schedule", schedule, _SCHEDULES)]
+        factor = _SCHEDULES[runs.known("schedule", schedule, _SCHEDULES)]
     for name, given in (("penalty", penalty), ("teacher", teacher), ("after_step", after_step)):
         if given is not None and not callable(given):
             raise TypeError(f"{name} must be None or something to call, not {given!r}.")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pruning101.activation_entropy import easier, egp, nepenthe
 from pruning101.core import masks, runs
 from pruning101.core.data import Dataset
-from pruning101.core.files import written_whole
+from pruning101.core.files import write_json, written_whole
 from pruning101.core.measure import footprint
 from pruning101.core.steps import History
 from pruning101.core.training import default_device, evaluate, fit
@@ -211,16 +211,11 @@ def row(name: str, run: Run) -> dict[str, Any]:
         "seconds": outcome.seconds,
         "after": outcome.after,
     }
-    for path, content in (
-        (run.folder / "networks" / f"{name}-{run.seed}.pt", outcome.model),
-        (done, figures),  # last: where it is, the other is, too
-    ):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as part:
-            if isinstance(content, nn.Module):
-                torch.save(content, part)
-            else:
-                part.write_text(json.dumps(figures, indent=1))
+    kept = run.folder / "networks" / f"{name}-{run.seed}.pt"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(kept) as part:
+        torch.save(outcome.model, part)
+    write_json(done, figures)  # last: where it is, the network is, too
     return figures
 
 

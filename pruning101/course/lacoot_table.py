@@ -9,12 +9,13 @@ networks that are trained from scratch; what becomes of them is in :mod:`course.
 
 import functools
 import json
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pruning101.core import models, runs, structure
 from pruning101.core.data import Dataset, load
@@ -171,6 +172,19 @@ def blocks_of(model: nn.Module, profile: str) -> list[str]:
     return removable if chosen is None else [name for name in removable if name in chosen]
 
 
+@contextmanager
+def penalised(
+    model: nn.Module, blocks: list[str], options: dict[str, Any] | None, seed: int
+) -> Iterator[Callable[[nn.Module], Tensor] | None]:
+    """Watch the blocks, and give the penalty with these options for ``fit``; None without them."""
+    if options is None:
+        yield None
+        return
+    others = {name: value for name, value in options.items() if name != "strength"}
+    with BlockDistances(model, blocks, seed=seed, **others) as distances:
+        yield distances.penalty(options["strength"])
+
+
 def trained(kind: str, seed: int, profile: str, folder: Path) -> tuple[nn.Module, History]:
     """Return the network of a kind, trained from scratch, and its epochs.
 
@@ -187,18 +201,13 @@ def trained(kind: str, seed: int, profile: str, folder: Path) -> tuple[nn.Module
     if kind == "shallow":
         for name in blocks_of(model, profile):
             structure.remove_block(model, name)
-    options = dict(PENALTIES[kind] or {})
-    strength = options.pop("strength", None)
-    watching: AbstractContextManager[Any] = nullcontext()
-    if strength is not None:
-        watching = BlockDistances(model, blocks_of(model, profile), seed=seed, **options)
-    with watching as distances:
+    with penalised(model, blocks_of(model, profile), PENALTIES[kind], seed) as penalty:
         history = fit(
             model,
             data,
             seed=seed,
             checkpoint=Path(folder) / f"{kind}-{seed}.pt",
-            penalty=None if strength is None else distances.penalty(strength),
+            penalty=penalty,
             **settings["from_scratch"],
             **settings["training"],
         )

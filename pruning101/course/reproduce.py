@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.files import written_whole
-from ..core.runs import check_numbers
+from ..core.files import write_json
+from ..core.runs import check_numbers, difference
 from . import lacoot_rows, lacoot_table
 from .machine import environment, spread
 
@@ -78,9 +78,7 @@ def reproduce(
         "rows": summary,
         "seeds": found,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(out) as part:
-        part.write_text(json.dumps(payload, indent=2) + "\n")
+    write_json(out, payload, indent=2)
     return table(summary).to_string(index=False), out
 
 
@@ -96,9 +94,7 @@ def _bind(folder: Path, settings: dict[str, Any]) -> None:
     settings = json.loads(json.dumps(settings))
     path = folder / "settings.json"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as part:
-            part.write_text(json.dumps(settings, indent=1))
+        write_json(path, settings)
         return
     try:
         before = dict(json.loads(path.read_text()))
@@ -106,12 +102,11 @@ def _bind(folder: Path, settings: dict[str, Any]) -> None:
         raise ValueError(
             f"{str(path)!r} is damaged; delete {str(folder)!r} to start anew."
         ) from None
-    for name in settings | before:
-        if before.get(name) != settings.get(name):
-            raise ValueError(
-                f"The run in {str(folder)!r} was begun with {name}={before.get(name)!r}, not "
-                f"{settings.get(name)!r}; name another folder, or delete that one."
-            )
+    if other := difference(before, settings):
+        raise ValueError(
+            f"The run in {str(folder)!r} was begun with {other}; name another folder, or delete "
+            "that one."
+        )
 
 
 def _latencies(networks: dict[str, lacoot_rows.Run]) -> dict[str, dict[str, float]]:
@@ -128,8 +123,7 @@ def _latencies(networks: dict[str, lacoot_rows.Run]) -> dict[str, dict[str, floa
             return dict(before["rows"])
     run.say(f"latency of {len(networks)} networks")
     timed = lacoot_rows.latencies(networks)
-    with written_whole(path) as part:
-        part.write_text(json.dumps({"seeds": seeds, "rows": timed}, indent=1))
+    write_json(path, {"seeds": seeds, "rows": timed})
     return timed
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pruning101 import lacoot
-from pruning101.core import masks, structure
-from pruning101.core.block_features import chosen_blocks
+from pruning101.core import masks, runs, structure
+from pruning101.core.block_features import chosen_blocks, valid_batches
 from pruning101.core.data import Dataset
 from pruning101.core.measure import macs as count_macs
 from pruning101.core.steps import History
@@ -228,9 +228,8 @@ def from_trained(
 
 
 def _example(data: Dataset, model: nn.Module, count: int = 2) -> Tensor:
-    images, _ = next(iter(data.batches("valid", count)))
-    parameter = next(model.parameters())
-    return images.to(parameter.device, parameter.dtype)
+    images, _ = next(iter(data.batches("valid", count, device=runs.device_of(model))))
+    return images.to(runs.dtype_of(model))
 
 
 def _path(model: nn.Module, blocks: Sequence[str], example: Tensor) -> tuple[str | None, ...]:
@@ -261,17 +260,14 @@ def _rankings(
     model: nn.Module, data: Dataset, how: dict[str, Any], seed: int
 ) -> dict[str, dict[str, float]]:
     """Score all blocks by each ranking; the smallest goes first."""
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:  # a last batch of one is no distribution
-        return (pair for pair in data.batches("valid", 128) if len(pair[0]) > 1)
-
+    batches = list(valid_batches(data, 128))
     blocks = how["blocks"]
     order = lacoot.random_order(blocks, seed)
     return {
-        RANDOM: lacoot.block_distances(model, batches(), direction="random", **how),
-        MAXIMISED: lacoot.block_distances(model, batches(), direction="ascent", **how),
-        CHANGE: lacoot.relative_change(model, batches(), blocks=blocks),
-        INFLUENCE: lacoot.block_influence(model, batches(), blocks=blocks),
+        RANDOM: lacoot.block_distances(model, batches, direction="random", **how),
+        MAXIMISED: lacoot.block_distances(model, batches, direction="ascent", **how),
+        CHANGE: lacoot.relative_change(model, batches, blocks=blocks),
+        INFLUENCE: lacoot.block_influence(model, batches, blocks=blocks),
         SHUFFLED: {name: order.index(name) + 1 for name in blocks},
         LAST: {name: len(blocks) - i for i, name in enumerate(blocks)},
     }
