@@ -32,23 +32,23 @@
 # exercise version is the same lesson with the solutions taken out, for you
 # to fill in; each check below an exercise says what is still wrong.
 #
-# | | Lesson | Paper | Reading | Compute | |
+# | | Lesson | Paper | Reading | Compute | Know before |
 # | --- | --- | --- | --- | --- | --- |
-# | 01 | [Skeletonization](01_skeletonization.ipynb) | Mozer & Smolensky 1988 | 30 min | half a minute | [exercises](exercises/01_skeletonization.ipynb) |
-# | 02 | [Optimal brain damage](02_optimal_brain_damage.ipynb) | LeCun, Denker & Solla 1989 | 35 min | 1 minute | [exercises](exercises/02_optimal_brain_damage.ipynb) |
-# | 03 | [Magnitude pruning](03_magnitude.ipynb) | Han et al. 2015 | 30 min | 1 minute | [exercises](exercises/03_magnitude.ipynb) |
-# | 04 | [Lottery tickets, and the race to prune at initialisation](04_lottery_tickets.ipynb) | Frankle & Carbin 2019 | 35 min | 1 minute | [exercises](exercises/04_lottery_tickets.ipynb) |
-# | 05 | [Structured against unstructured](05_structured.ipynb) | Li et al. 2017, LOBSTER, SeReNe, Fang et al. 2023 | 35 min | 1 minute | [exercises](exercises/05_structured.ipynb) |
-# | 06 | [Layer folding](06_layer_folding.ipynb) | Ben Dror et al. 2022 | 35 min | 1 minute | [exercises](exercises/06_layer_folding.ipynb) |
-# | 07 | [Activation entropy](07_activation_entropy.ipynb) | EGP, NEPENTHE, EASIER, TLC | 35 min | 1 minute | [exercises](exercises/07_activation_entropy.ipynb) |
-# | 08 | [Layer collapse](08_layer_collapse.ipynb) | Zibakhsh Shabgahi et al. 2023 | 35 min | 1 minute | [exercises](exercises/08_layer_collapse.ipynb) |
-# | 09 | [Whole layers by optimal transport](09_lacoot.ipynb) | LaCoOT (Quétu et al. 2025) | 35 min | 1.5 minutes | [exercises](exercises/09_lacoot.ipynb) |
-# | 10 | Intra-fusion | Theus et al. 2024 | | | not there yet |
-# | 11 | Token folding | ToMe 2023, FOLDER 2025 | | | not there yet |
-# | 12 | Frontiers | what is being tried now | | | not there yet |
+# | 01 | [Skeletonization](01_skeletonization.ipynb) ([exercises](exercises/01_skeletonization.ipynb)) | Mozer & Smolensky 1988 | 30 min | half a minute | training a small network; what a gradient is |
+# | 02 | [Optimal brain damage](02_optimal_brain_damage.ipynb) ([exercises](exercises/02_optimal_brain_damage.ipynb)) | LeCun, Denker & Solla 1989 | 35 min | 1 minute | training a small network; what a second derivative is |
+# | 03 | [Magnitude pruning](03_magnitude.ipynb) ([exercises](exercises/03_magnitude.ipynb)) | Han et al. 2015 | 30 min | 1 minute | training a small network; lesson 2 helps but is not needed |
+# | 04 | [Lottery tickets, and the race to prune at initialisation](04_lottery_tickets.ipynb) ([exercises](exercises/04_lottery_tickets.ipynb)) | Frankle & Carbin 2019 | 35 min | 1 minute | lesson 3 |
+# | 05 | [Structured against unstructured](05_structured.ipynb) ([exercises](exercises/05_structured.ipynb)) | Li et al. 2017, LOBSTER, SeReNe, Fang et al. 2023 | 35 min | 1 minute | lesson 3 (magnitude, masks, dead units) |
+# | 06 | [Layer folding](06_layer_folding.ipynb) ([exercises](exercises/06_layer_folding.ipynb)) | Ben Dror et al. 2022 | 35 min | 1 minute | lesson 3 (footprint, comparing at equal budget); lesson 5 helps |
+# | 07 | [Activation entropy](07_activation_entropy.ipynb) ([exercises](exercises/07_activation_entropy.ipynb)) | EGP, NEPENTHE, EASIER, TLC | 35 min | 1 minute | lesson 6 (what can be folded and merged) |
+# | 08 | [Layer collapse](08_layer_collapse.ipynb) ([exercises](exercises/08_layer_collapse.ipynb)) | Zibakhsh Shabgahi et al. 2023 | 35 min | 1 minute | training a small network; lesson 6 (slopes, merging) helps |
+# | 09 | [Whole layers by optimal transport](09_lacoot.ipynb) ([exercises](exercises/09_lacoot.ipynb)) | LaCoOT (Quétu et al. 2025) | 35 min | 1.5 minutes | training a small network; lesson 8's experiments help |
+# | 10 | Intra-fusion (not there yet) | Theus et al. 2024 | | | |
+# | 11 | Token folding (not there yet) | ToMe 2023, FOLDER 2025 | | | |
+# | 12 | Frontiers (not there yet) | what is being tried now | | | |
 #
 # Lessons 1 to 3 stand on nothing but ordinary training of networks; begin
-# with any of them. Every later one says at its top what to know before.
+# with any of them.
 
 # %% [markdown]
 # ## Three sizes of every lesson

@@ -2,18 +2,20 @@
 same bytes each time.
 
 A lesson's header, the Markdown before its first code cell, says in any order and layout `reading:
-30 minutes`, `compute: about ? minutes` and `paper: ...` (each up to the next `·` or blank line).
-The compute minutes are measured here and written into the source, but only when they moved by more
-than one step of half a minute.
+30 minutes`, `compute: about ? minutes`, `before: ...` and `paper: ...` (each up to the next `·` or
+blank line). The compute minutes are measured here and written into the source, but only when they
+moved by more than one step of half a minute. The links to Colab and Binder are put below the title.
 """
 
 import copy
+import itertools
 import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import links
 from .assign import FOLDED, student
 from .execute import clean, execute, first_line, write
 from .material import Lesson, lessons
@@ -27,7 +29,9 @@ _COMPUTE = re.compile(
     r"(\bcompute\**:\**\s+about\s+)(half a minute|[\d.?]+ minutes?)", re.IGNORECASE
 )
 _READING = re.compile(r"\breading\**:\**\s+(?:about\s+)?(\d+)\s+min", re.IGNORECASE)
-_PAPER = re.compile(r"\bpapers?\**:\**\s+(.+?)\s*(?=·|\n\s*\n|$)", re.IGNORECASE | re.DOTALL)
+_TO_THE_DOT = r"\**:\**\s+(.+?)\s*(?=·|\n\s*\n|\Z)"
+_BEFORE = re.compile(r"\bbefore" + _TO_THE_DOT, re.IGNORECASE | re.DOTALL)
+_PAPER = re.compile(r"\bpapers?" + _TO_THE_DOT, re.IGNORECASE | re.DOTALL)
 _NBGRADER = {"schema_version", "grade_id", "grade", "solution", "locked", "task"}
 
 
@@ -38,6 +42,7 @@ class Header:
     title: str
     reading: str
     compute: str
+    before: str
     paper: str
 
 
@@ -73,6 +78,37 @@ def build(lesson: Lesson) -> list[str]:
     write(lesson.notebook, _dump(notebook))
     refresh_index(lesson.root)
     return remarks
+
+
+def reword(lesson: Lesson) -> None:
+    """Make the notebooks of `lesson` again without executing anything: texts, metadata and links
+    from the source, outputs from the stored notebook.
+
+    Raises ValueError where a code cell is not the one that the outputs come from; nothing is
+    written then.
+    """
+    import nbformat
+
+    if lesson.number:
+        notebook = pair(lesson.source.read_text(encoding="utf-8"), lesson)
+        stored = nbformat.read(lesson.notebook, as_version=4)
+        executed = [cell for cell in stored.cells if cell.cell_type == "code"]
+        fresh = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        for cell, old in itertools.zip_longest(fresh, executed):
+            if cell is None or old is None or cell.source != old.source:
+                where = f"the cell that begins `{first_line((cell or old).source)}`"
+                raise ValueError(
+                    f"{lesson.name}: {where} is not as it was executed: make the lesson with "
+                    f"`pruning101 build {lesson.name}`."
+                )
+            cell.outputs, cell.execution_count = old.outputs, old.execution_count
+        faults = unfit(notebook)
+        if faults:
+            raise ValueError(f"{lesson.name}: {'; '.join(faults)}.")
+        exercises = _dump(student(notebook))
+        write(lesson.exercises, exercises)
+        write(lesson.notebook, _dump(notebook))
+    refresh_index(lesson.root)
 
 
 def check(lesson: Lesson) -> list[str]:
@@ -141,6 +177,11 @@ def pair(text: str, lesson: Lesson) -> Any:
             cell.metadata["jupyter"] = {"source_hidden": True}
     if lesson.number:
         header(notebook, lesson)
+    title = re.compile(r"^# .+$", re.MULTILINE)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown" and title.search(cell.source):
+            cell.source = title.sub(rf"\g<0>\n\n{links.line(lesson)}", cell.source, count=1)
+            break
     return notebook
 
 
@@ -153,14 +194,16 @@ def header(notebook: Any, lesson: Lesson) -> Header:
         cells.append(cell.source)
     text = "\n\n".join(cells)
     title = re.search(r"^# (.+)$", text, re.MULTILINE)
-    found = [title, _READING.search(text), _COMPUTE.search(text), _PAPER.search(text)]
-    wanted = ["# Title", "reading: 30 minutes", "compute: about ? minutes", "paper: ..."]
+    patterns = [_READING, _COMPUTE, _BEFORE, _PAPER]
+    found = [title, *(pattern.search(text) for pattern in patterns)]
+    wanted = ["# Title", "reading: 30 minutes", "compute: about ? minutes"]
+    wanted += ["before: ...", "paper: ..."]
     lacking = [f"`{want}`" for want, match in zip(wanted, found, strict=True) if match is None]
     if lacking:
         raise ValueError(
             f"{lesson.name}: before its first code cell the source lacks {' and '.join(lacking)}."
         )
-    groups = [1, 1, 2, 1]
+    groups = [1, 1, 2, 1, 1]
     return Header(
         *(" ".join(match.group(g).split()) for match, g in zip(found, groups, strict=True) if match)
     )
@@ -245,8 +288,9 @@ def with_rows(text: str, root: Path) -> str:
         except ValueError:
             continue  # still being written: its own build and check say what is wrong with it
         row = (
-            f"# | {lesson.number} | [{head.title}]({lesson.name}.ipynb) | {head.paper}"
-            f" | {head.reading} min | {head.compute} | [exercises](exercises/{lesson.name}.ipynb) |"
+            f"# | {lesson.number} | [{head.title}]({lesson.name}.ipynb)"
+            f" ([exercises](exercises/{lesson.name}.ipynb)) | {head.paper}"
+            f" | {head.reading} min | {head.compute} | {head.before} |"
         )
         numbers = [re.match(r"# \| (\d\d) \|", line) for line in lines]
         rows = {match.group(1): at for at, match in enumerate(numbers) if match}

@@ -67,10 +67,24 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "lessons", metavar="LESSON", nargs="*", help=f"{lesson}, or index (default: all)"
     )
-    sub.add_argument(
+    either = sub.add_mutually_exclusive_group()
+    either.add_argument(
         "--check", action="store_true", help="execute and write nothing; list what is out of step"
     )
+    either.add_argument(
+        "--text",
+        action="store_true",
+        help="execute nothing and keep the outputs; for changes of texts, metadata and links",
+    )
     sub.set_defaults(run=_build)
+
+    sub = add("links", help="write the links to Colab and Binder", description=_links.__doc__)
+    sub.add_argument("--check", action="store_true", help="write nothing; list wrong links")
+    sub.set_defaults(run=_links)
+
+    sub = add("new", help="begin a lesson", description=_new.__doc__)
+    sub.add_argument("topic", metavar="TOPIC", help="the name of its module: token_folding")
+    sub.set_defaults(run=_new)
 
     sub = add("assign", help="write a lesson's student version", description=_assign.__doc__)
     sub.add_argument("lesson", metavar="LESSON", help=lesson)
@@ -152,9 +166,43 @@ def _build(arguments: argparse.Namespace) -> int:
             print(fault)
         return 1 if faults else 0
     for lesson in chosen:
-        for remark in build.build(lesson):
-            print(f"{lesson.name}: {remark}", file=sys.stderr)
+        if arguments.text:
+            build.reword(lesson)
+        else:
+            for remark in build.build(lesson):
+                print(f"{lesson.name}: {remark}", file=sys.stderr)
         print(lesson.notebook)
+    return 0
+
+
+def _links(arguments: argparse.Namespace) -> int:
+    """Write the repository and branch of pyproject.toml into every link to Colab and Binder, of
+    the notebooks and the texts, and execute nothing.
+    """
+    from . import build, links
+
+    root, faults = material.material(), []
+    if not arguments.check:
+        for lesson in material.lessons(root):
+            try:
+                build.reword(lesson)
+            except (ValueError, FileNotFoundError) as error:  # the others get their links
+                faults.append(str(error))
+        for path in links.rewrite(root):
+            print(path)
+    faults += links.faults(root)
+    for fault in faults:
+        print(fault)
+    return 1 if faults else 0
+
+
+def _new(arguments: argparse.Namespace) -> int:
+    """Begin a lesson in a checkout: write its five files, and say what else it needs."""
+    from .new import new, next_steps
+
+    for path in new(arguments.topic, material.material()):
+        print(path)
+    print(next_steps(arguments.topic))
     return 0
 
 

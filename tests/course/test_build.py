@@ -60,7 +60,11 @@ def test_only_solutions_are_folded_away(built):
 def test_compute_minutes_are_written_once_measured(built):
     header = build.header(nbformat.read(built / "notebooks" / "07_tiny.ipynb", 4), "tiny")
     assert header == build.Header(
-        "Cutting a tiny vector", "2", "half a minute", "Nobody, Tiny vectors (1988)"
+        title="Cutting a tiny vector",
+        reading="2",
+        compute="half a minute",
+        before="how to count to three",
+        paper="Nobody, Tiny vectors (1988)",
     )
     assert "compute: about half a minute" in (built / "lessons" / "07_tiny.py").read_text()
 
@@ -84,9 +88,55 @@ def test_minutes_move_only_by_more_than_half_a_minute(written, seconds, expected
     assert build.with_minutes(text, seconds) == f"# **Compute:** about {expected} · more"
 
 
+def test_text_is_made_anew_around_the_stored_outputs(built):
+    source = built / "lessons" / "07_tiny.py"
+    edit(
+        source,
+        "# ## Exercise 1",
+        "# ## Exercise one\n#\n# With a text.\n\n# %% [markdown]\n# More.",
+    )
+    edit(source, "A line that rises from 0 to 2.", "A rising line.")
+    edit(source, "how to count to three", "how to count")
+    before = cells(built)
+    build.reword(material.find("tiny"))
+    assert build.check(material.find("tiny")) == []
+    after = cells(built)
+    assert len(after) == len(before) + 1
+    assert [cell.outputs for cell in after if cell.cell_type == "code"] == [
+        cell.outputs for cell in before if cell.cell_type == "code"
+    ]
+    assert "With a text." in (built / "notebooks" / "exercises" / "07_tiny.ipynb").read_text()
+    assert "| how to count |" in (built / "notebooks" / "index.ipynb").read_text()
+
+
+def test_text_that_did_not_change_stays_byte_for_byte(built):
+    before = files(built)
+    build.reword(material.find("tiny"))
+    assert files(built) == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("np.arange(3)", "np.arange(4)", "`np.arange(4).sum() + len(PROFILE)` is not as it was"),
+        ("# %%\nimport ipywidgets", "# %%\n1\n\n# %%\nimport ipywidgets", "`1` is not as"),
+        ('"alt": "A line that rises from 0 to 2."', '"alt": ""', "without alt text"),
+    ],
+)
+def test_outputs_of_other_code_are_not_taken_over(built, old, new, told):
+    edit(built / "lessons" / "07_tiny.py", old, new)
+    before = files(built)
+    with pytest.raises(ValueError, match=re.escape(told)):
+        build.reword(material.find("tiny"))
+    assert files(built) == before
+
+
 def test_index_has_a_row_a_lesson_and_keeps_those_to_come(built):
     text = (built / "lessons" / "index.py").read_text()
-    row = "| 07 | [Cutting a tiny vector](07_tiny.ipynb) | Nobody, Tiny vectors (1988) | 2 min |"
+    row = (
+        "| 07 | [Cutting a tiny vector](07_tiny.ipynb) ([exercises](exercises/07_tiny.ipynb))"
+        " | Nobody, Tiny vectors (1988) | 2 min | half a minute | how to count to three |\n"
+    )
     assert text.count("# | 07 |") == 1
     assert row in text
     assert "# | 08 | Not there yet |" in text
@@ -160,6 +210,7 @@ def test_check_sees_an_index_out_of_step(built):
     ("old", "new", "told"),
     [
         ("reading: 2 minutes", "short", "lacks `reading: 30 minutes`"),
+        ("before: how to count", "count", "lacks `before: ...`"),
         ("cell_metadata_filter: tags,nbgrader,mystnb,-all", "x: 1", "cell_metadata_filter"),
         ('tags=["table"]', 'tags=["table"] slow=true', "metadata slow"),
         ('"ex-07-1-check-b"', '"ex-07-1-check-a"', "grade_id"),

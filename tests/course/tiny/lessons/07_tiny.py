@@ -15,7 +15,7 @@
 # # Cutting a tiny vector
 #
 # reading: 2 minutes · compute: about ? minutes ·
-# paper: Nobody, Tiny
+# before: how to count to three · paper: Nobody, Tiny
 # vectors (1988)
 
 # %% tags=["setup"]

@@ -7,7 +7,7 @@
 # %% [markdown]
 # # A tiny course
 #
-# | | Lesson | Paper | Reading | Compute | |
+# | | Lesson | Paper | Reading | Compute | Know before |
 # | --- | --- | --- | --- | --- | --- |
 # | 07 | Tiny | | | | |
 # | 08 | Not there yet | Nobody 1989 | | | |
