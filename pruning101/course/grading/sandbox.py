@@ -36,6 +36,7 @@ _FORBIDDEN = (
     *("keyctl", "perf_event_open", "personality", "request_key", "userfaultfd", "vmsplice"),
 )
 _CLONE_THREAD = 0x00010000
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ def command(module: str, *, limits: Limits) -> list[str]:
     """
     options = ["--unshare-all", "--unshare-user", "--uid", NOBODY, "--gid", NOBODY]
     options += ["--cap-drop", "ALL", "--new-session", "--die-with-parent", "--hostname", "grading"]
+    # No other process inside: bubblewrap's own would be under no filter, and could be written to.
+    options += ["--as-pid-1"]
     for root in map(Path, ("/bin", "/sbin", "/lib", "/lib64")):
         if root.is_symlink():
             options += ["--symlink", os.readlink(root), str(root)]
@@ -111,7 +114,9 @@ def command(module: str, *, limits: Limits) -> list[str]:
     if (PACKAGE / "course" / "material").is_dir():  # the lessons that a wheel carries
         options += ["--tmpfs", str(PACKAGE / "course" / "material")]
         options += ["--remount-ro", str(PACKAGE / "course" / "material")]
-    options += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
+    # Read-only: where root grades, this user owns the kernel's settings and could write them.
+    options += ["--proc", "/proc", "--remount-ro", "/proc"]
+    options += ["--dev", "/dev", "--remount-ro", "/dev"]
     fonts = _font_cache()
     options += ["--ro-bind", str(fonts), f"{SCRATCH}/matplotlib/{fonts.name}"]
     options += ["--remount-ro", "/", "--chdir", SCRATCH, "--clearenv"]
@@ -129,8 +134,6 @@ def lock_down(limits: Limits) -> None:
     """
     import pyseccomp
 
-    # Where memory runs out all the same, the kernel is to end this process and no other.
-    Path("/proc/self/oom_score_adj").write_text("1000")
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     spent = int(sum(os.times()[:2]))
     threads = len(os.listdir("/proc/self/task"))
@@ -150,6 +153,8 @@ def lock_down(limits: Limits) -> None:
     rules.add_rule(refuse, "clone", no_thread)
     # Its flags lie in memory, where no filter sees them; the C library then falls back to `clone`.
     rules.add_rule(pyseccomp.ERRNO(errno.ENOSYS), "clone3")
+    stays = pyseccomp.Arg(0, pyseccomp.EQ, _PR_SET_PDEATHSIG)
+    rules.add_rule(refuse, "prctl", stays)  # it is to end with the process that started it
     for name in _FORBIDDEN:
         rules.add_rule(refuse, name)
     rules.load()
