@@ -1,83 +1,38 @@
 """What of a student's notebook is graded, and in which order.
 
-A *plan* is the instructor's side, read from a lesson's stored notebook: its set-up, its exercises
-with their checks, its answers in words. A student's notebook is laid over it: only the student's own
-cells are taken from it, and set-up and checks are always the instructor's. Nothing is run here.
+A student's notebook is laid over the plan of its lesson: only the student's own cells are taken
+from it, and set-up and checks are always the instructor's. Cells are known by their grade_id; where
+an editor dropped that, by their text, what they define, or their cell id. Nothing is run here.
 """
 
-import hashlib
-import json
-import re
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import SequenceMatcher
 from typing import Any
 
-from ..assign import student
-from ..material import Lesson
-from .source import defined
+from ..execute import first_line
+from .plan import Check, Exercise, Given, Plan, Written, plan
+from .source import defined, defines, imports, parsed, plain, used
 
-_HINT = re.compile(r"<details>\s*<summary>\s*Hint[^<]*</summary>(.*?)</details>", re.S | re.I)
-_HEADING = re.compile(r"^#{1,6} +(.+?)\s*$", re.M)
-
-
-@dataclass(frozen=True)
-class Check:
-    """One check of an exercise, its source as the judge runs it."""
-
-    grade_id: str
-    points: float
-    source: str
-
-
-@dataclass(frozen=True)
-class Exercise:
-    """A coded exercise: the names that its cell is to define, its checks in order, its hints."""
-
-    grade_id: str
-    title: str
-    names: tuple[str, ...]
-    checks: tuple[Check, ...]
-    hints: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Written:
-    """An answer that a person marks."""
-
-    grade_id: str
-    title: str
-    points: float
-
-
-@dataclass(frozen=True)
-class Given:
-    """A cell of the student version, as it was handed out; `role` is setup, exercise, check, written
-    or lesson.
-    """
-
-    id: str
-    cell_type: str
-    source: str
-    role: str
-    grade_id: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The instructor's side of a lesson; `digest` changes with anything in it."""
-
-    lesson: str
-    setup: tuple[str, ...]
-    exercises: tuple[Exercise, ...]
-    written: tuple[Written, ...]
-    digest: str
-    given: tuple[Given, ...]
+__all__ = [
+    "Check",
+    "Exercise",
+    "Given",
+    "Part",
+    "Plan",
+    "Work",
+    "Written",
+    "items",
+    "overlay",
+    "plan",
+]
 
 
 @dataclass(frozen=True)
 class Part:
     """One cell of the student's code: of an exercise (its grade_id), or an extra cell (None).
 
-    `label` names it in messages: "the cell of exercise 1", "extra cell 7".
+    `label` names it in messages: "the cell of exercise 1".
     """
 
     source: str
@@ -87,7 +42,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Work:
-    """What a student handed in for a plan: code in order, answers by grade_id, and remarks in words.
+    """What a student handed in for a plan: code in order, answers by grade_id, remarks in words.
 
     `places` says, for each check, after how many of the parts it runs.
     """
@@ -98,59 +53,72 @@ class Work:
     places: dict[str, int]
 
 
-def plan(lesson: Lesson, *, hidden: bool = True) -> Plan:
-    """The plan of `lesson`, from its stored notebook; with `hidden` false its checks are those that
-    a student sees.
-
-    Raises FileNotFoundError where the notebook is not built, ValueError where a check belongs to no
-    exercise before it.
-    """
-    import nbformat
-
-    if not lesson.notebook.is_file():
-        raise FileNotFoundError(
-            f"{lesson.notebook} is not there: make it with `pruning101 build {lesson.name}`."
-        )
-    whole = nbformat.read(lesson.notebook, as_version=4)
-    handed_out = student(whole).cells
-    given: list[Given] = []
-    setup: list[str] = []
-    written: list[Written] = []
-    exercises: dict[str, Exercise] = {}
-    told: list[str] = []  # the Markdown cells since the last cell of code
-    for ours, theirs in zip(whole.cells, handed_out, strict=True):
-        graded = ours.metadata.get("nbgrader", {})
-        grade_id, points = graded.get("grade_id", ""), float(graded.get("points", 0))
-        source = ours.source if hidden else theirs.source
-        role = "lesson"
-        if "setup" in ours.metadata.get("tags", []):
-            role = "setup"
-            setup.append(ours.source)
-        elif graded.get("grade") and graded.get("solution"):
-            role = "written"
-            written.append(Written(grade_id, _title([*told, theirs.source], grade_id), points))
-        elif graded.get("solution"):
-            role = "exercise"
-            hints = tuple(" ".join(hint.split()) for text in told for hint in _HINT.findall(text))
-            names = defined(ours.source)
-            exercises[grade_id] = Exercise(grade_id, _title(told, grade_id), names, (), hints)
-        elif graded.get("grade"):
-            role = "check"
-            _add(exercises, Check(grade_id, points, source), lesson)
-        given.append(Given(ours.get("id", ""), theirs.cell_type, theirs.source, role, grade_id))
-        told = [*told, theirs.source] if theirs.cell_type == "markdown" else []
-    made = Plan(
-        lesson.name, tuple(setup), tuple(exercises.values()), tuple(written), "", tuple(given)
-    )
-    text = json.dumps(asdict(made), sort_keys=True)
-    return replace(made, digest=hashlib.sha256(text.encode()).hexdigest())
-
-
 def overlay(plan: Plan, notebook: Any) -> Work:
-    """Lay a student's notebook over `plan`: the student's code and answers, with remarks on what was
-    not as it was handed out.
+    """Lay a student's notebook over `plan`.
+
+    The student's code and answers come back, with a remark in words on all that was not as it was
+    handed out.
     """
-    raise NotImplementedError
+    cells = list(notebook.cells)
+    roles, remarks = _recognised(plan, cells)
+    numbers = {exercise.grade_id: i for i, exercise in enumerate(plan.exercises, start=1)}
+    parts: list[Part] = []
+    stands: dict[str, int] = {}  # after how many parts the student has a check
+    notes: dict[str, list[str]] = {}
+    for cell, role in zip(cells, roles, strict=True):
+        source, is_code = cell.source, cell.cell_type == "code"
+        name = _name(plan, role) if role else ""
+        same = role is not None and _squeezed(source) == _squeezed(role.source)
+        if role is None:
+            tree = parsed(source)
+            if is_code and (tree is None or tree.body):
+                label = f"the extra cell that begins `{first_line(source)[:40]}`"
+                _add(parts, source, None, label, notes)
+        elif role.role == "exercise":
+            if not is_code:
+                kind = "Markdown" if cell.cell_type == "markdown" else "raw text"
+                if parsed(plain(source)[0]) is None:
+                    _note(notes, f"turned into {kind} and no Python, so it did not run", name)
+                    continue
+                _note(notes, f"turned into {kind}; its text ran as code", name)
+            _add(parts, source, role.grade_id, f"the cell of {name}", notes)
+        elif role.role == "check":
+            if role.grade_id in stands:
+                _note(notes, "there more than once; it counts once", name)
+            elif not same or not is_code:
+                _note(notes, "changed; the original was used", name)
+            stands[role.grade_id] = len(parts)
+        elif role.role == "setup" and not same:
+            _note(notes, "changed; the original was used", "the set-up")
+            added = [line for line in imports(source) if line not in imports(role.source)]
+            if added:
+                _note(notes, "run all the same", "the imports that were added to the set-up")
+                _add(parts, "\n".join(added), None, "the imports added to the set-up", notes)
+        elif role.role == "lesson" and is_code and not same:
+            name = f"the cell of the lesson that begins `{first_line(role.source)[:40]}`"
+            _note(notes, "changed; cells of the lesson do not run in grading", name)
+    places = _places(plan, parts, stands)
+    answers = _answers(plan, cells, roles, notes)
+    for exercise in plan.exercises:
+        name = f"exercise {numbers[exercise.grade_id]}"
+        own = [part for part in parts if part.exercise == exercise.grade_id]
+        blank = {_squeezed(x.source) for x in plan.given if x.grade_id == exercise.grade_id}
+        if own and {_squeezed(part.source) for part in own} == blank:
+            _note(notes, "left as handed out", name)
+        if not any(_belongs(part, exercise) for part in parts):
+            _note(notes, "deleted, so its checks fail", f"the cell of {name}")
+        if len(own) > 1:
+            twice = sum(bool(defines(part.source, exercise.names)) for part in own) > 1
+            how = "they ran in their order" + (", so that the last definition counts" * twice)
+            _note(notes, f"there {len(own)} times; {how}", f"the cell of {name}")
+        for check in exercise.checks:
+            if check.grade_id not in stands:
+                role = next(given for given in plan.given if given.grade_id == check.grade_id)
+                _note(notes, "deleted; the original was used", _name(plan, role))
+    remarks += _moved(plan, roles)
+    remarks += _of_the_lesson(plan, parts)
+    remarks += [_sentence(names, what) for what, names in notes.items()]
+    return Work(tuple(parts), answers, tuple(remarks), places)
 
 
 def items(plan: Plan, work: Work) -> list[Part | Check]:
@@ -165,18 +133,178 @@ def items(plan: Plan, work: Work) -> list[Part | Check]:
     return order
 
 
-def _add(exercises: dict[str, Exercise], check: Check, lesson: Lesson) -> None:
-    name = check.grade_id.split("-check")[0]
-    if name not in exercises:
-        raise ValueError(
-            f"{lesson.name}: the check {check.grade_id!r} stands before its exercise, or there is no "
-            f"exercise {name!r}."
+def _recognised(plan: Plan, cells: list[Any]) -> tuple[list[Given | None], list[str]]:
+    """For each of the student's cells the one of the lesson's that it is or was; remarks on how."""
+    by_id = {given.grade_id: given for given in plan.given if given.grade_id}
+    by_text = {_squeezed(given.source): given for given in reversed(plan.given)}
+    by_cell = {given.id: given for given in plan.given if given.id}
+    exercise_of = {name: x.grade_id for x in plan.exercises for name in x.names}
+    setup = next((given for given in plan.given if given.role == "setup"), None)
+    roles: list[Given | None] = []
+    lost: dict[str, list[str]] = {}
+    known = 0
+    for cell in cells:
+        graded = _mapping(cell.metadata.get("nbgrader"))
+        grade_id = graded.get("grade_id")
+        if isinstance(grade_id, str) and grade_id in by_id:
+            roles.append(by_id[grade_id])
+            known += 1
+            continue
+        text, role, how = _squeezed(cell.source), None, ""
+        ids = [cell.get("id"), cell.metadata.get("id")]
+        cell_id = next((i for i in ids if isinstance(i, str) and i in by_cell), "")
+        looks_like_code = cell.cell_type == "code" or parsed(cell.source) is not None
+        names = defines(cell.source, exercise_of) if looks_like_code else set()
+        if text and text in by_text:
+            role, how = by_text[text], "by its text"
+        elif names:
+            role = by_id[exercise_of[min(names, key=list(exercise_of).index)]]
+            how = f"by what it defines (`{'`, `'.join(sorted(names))}`)"
+        elif cell_id and (cell.cell_type == "code") == (by_cell[cell_id].cell_type == "code"):
+            role, how = by_cell[cell_id], "by its cell id"
+        elif setup and "setup" in _list(cell.metadata.get("tags")):
+            role = setup
+        roles.append(role)
+        if role and role.grade_id:
+            lost.setdefault(how, []).append(_name(plan, role))
+    if known or not lost:
+        how_each = (
+            _sentence(names, f"without grade_id; recognised {how}") for how, names in lost.items()
         )
-    old = exercises[name]
-    exercises[name] = Exercise(name, old.title, old.names, (*old.checks, check), old.hints)
+        return roles, list(how_each)
+    return roles, [
+        "The notebook has lost the grade_ids of its cells, as some editors do: its cells were "
+        "recognised by their text and by what they define."
+    ]
 
 
-def _title(told: list[str], otherwise: str) -> str:
-    """The last heading in some Markdown cells, as words."""
-    headings = [heading for text in told for heading in _HEADING.findall(text)]
-    return headings[-1] if headings else otherwise
+def _places(plan: Plan, parts: list[Part], stands: dict[str, int]) -> dict[str, int]:
+    """After how many parts each check runs: not before any cell of its exercise, nor before the
+    check above it, and else where the student has it.
+
+    One that the student deleted runs before the next exercise's first cell.
+    """
+    places: dict[str, int] = {}
+    for exercise in plan.exercises:
+        own = [i for i, part in enumerate(parts, start=1) if _belongs(part, exercise)]
+        earliest = own[-1] if own else 0
+        following = [i for i in range(earliest, len(parts)) if parts[i].exercise is not None]
+        for check in exercise.checks:
+            place = stands.get(check.grade_id)
+            if place is None:
+                place = following[0] if own and following else len(parts)
+            earliest = places[check.grade_id] = max(earliest, place)
+    return places
+
+
+def _belongs(part: Part, exercise: Exercise) -> bool:
+    return part.exercise == exercise.grade_id or bool(defines(part.source, exercise.names))
+
+
+def _answers(
+    plan: Plan, cells: list[Any], roles: list[Given | None], notes: dict[str, list[str]]
+) -> dict[str, str]:
+    """The student's answers in words; an empty one where nothing was written.
+
+    Text in a new cell below the answer's cell, or below the question where the answer's cell is
+    gone, counts as well.
+    """
+    questions = {
+        below.grade_id: above
+        for above, below in zip(plan.given, plan.given[1:], strict=False)
+        if below.role == "written"
+    }
+    given = {role.grade_id: role for role in plan.given if role.role == "written"}
+    there = {role.grade_id for role in roles if role}
+    texts: dict[str, list[str]] = {grade_id: [] for grade_id in given}
+    current = None  # the answer that a text without a role would belong to
+    for cell, role in zip(cells, roles, strict=True):
+        if role is not None:
+            current = role.grade_id if role.role == "written" else None
+            for grade_id, question in questions.items():
+                if role == question and grade_id not in there:
+                    current = grade_id
+            if role.role == "written" and _squeezed(cell.source) != _squeezed(role.source):
+                texts[role.grade_id].append(cell.source.strip())
+        elif current and cell.cell_type != "code" and cell.source.strip():
+            texts[current].append(cell.source.strip())
+            _note(notes, "taken from a new cell", f"the answer to `{_title(plan, current)}`")
+    for grade_id in given:
+        if not texts[grade_id]:
+            what = "left as handed out" if grade_id in there else "deleted"
+            _note(notes, what, f"the answer to `{_title(plan, grade_id)}`")
+    return {grade_id: "\n\n".join(text) for grade_id, text in texts.items()}
+
+
+def _add(
+    parts: list[Part], source: str, exercise: str | None, label: str, notes: dict[str, list[str]]
+) -> None:
+    source, left_out = plain(source)
+    if left_out:
+        _note(notes, "run without its lines for IPython only (magics, shell commands)", label)
+    parts.append(Part(source, exercise, label))
+
+
+def _moved(plan: Plan, roles: list[Given | None]) -> list[str]:
+    """A remark on the graded cells that do not stand where they stood."""
+    there = list(dict.fromkeys(role for role in roles if role and role.grade_id))
+    original = [given for given in plan.given if given in there]
+    blocks = SequenceMatcher(None, original, there, autojunk=False).get_matching_blocks()
+    stayed = {role for block in blocks for role in there[block.b : block.b + block.size]}
+    moved = [_name(plan, role) for role in there if role not in stayed]
+    what = "moved; a check runs after its exercise all the same"
+    return [_sentence(moved, what)] if moved else []
+
+
+def _of_the_lesson(plan: Plan, parts: list[Part]) -> list[str]:
+    """A remark on names that exercises use and that only the lesson's own cells define."""
+    lesson = {name for x in plan.given if x.role == "lesson" for name in defined(x.source)}
+    others = [*plan.setup, *(part.source for part in parts)]
+    missing = lesson - {name for source in others for name in defined(source)}
+    remarks = []
+    for part in parts:
+        names = sorted(used(part.source) & missing) if part.exercise else []
+        if names:
+            remarks.append(
+                f"{part.label[:1].upper()}{part.label[1:]} uses `{'`, `'.join(names)}` from the "
+                "lesson's own cells; of those only the set-up runs in grading."
+            )
+    return remarks
+
+
+def _name(plan: Plan, role: Given) -> str:
+    """What a cell of the lesson is called in a sentence."""
+    for number, exercise in enumerate(plan.exercises, start=1):
+        if role.grade_id == exercise.grade_id:
+            return f"exercise {number}"
+        for check in exercise.checks:
+            if role.grade_id == check.grade_id:
+                letter = check.grade_id.removeprefix(f"{exercise.grade_id}-check").strip("-")
+                return f"check {letter} of exercise {number}".replace("  ", " ")
+    return f"the answer to `{_title(plan, role.grade_id)}`" if role.grade_id else "a cell"
+
+
+def _title(plan: Plan, grade_id: str) -> str:
+    return next((x.title for x in plan.written if x.grade_id == grade_id), grade_id)
+
+
+def _note(notes: dict[str, list[str]], what: str, name: str) -> None:
+    if name not in notes.setdefault(what, []):
+        notes[what].append(name)
+
+
+def _sentence(names: Iterable[str], what: str) -> str:
+    text = "; ".join(dict.fromkeys(names))
+    return f"{text[:1].upper()}{text[1:]}: {what}."
+
+
+def _squeezed(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _mapping(found: Any) -> dict[str, Any]:
+    return found if isinstance(found, dict) else {}
+
+
+def _list(found: Any) -> list[Any]:
+    return found if isinstance(found, list) else []
