@@ -38,6 +38,7 @@ def test_a_healthy_environment_fits_on_one_screen(healthy):
     assert re.search(r"device +\w+.*, training in (float32|bfloat16)", out)
     assert re.search(r"threads +\d+ of \d+", out)
     assert str(root) in out
+    assert re.search(r"grading +\S", out)
     assert re.search(r"there +digits \(embedded\), mnist\n", out)
     assert "broken" not in out
 
@@ -87,3 +88,14 @@ def test_little_memory_is_a_note_and_breaks_nothing():
     assert report.broken == []
     doctor._memory(calm := doctor.Report(), 8.0)
     assert calm.notes == []
+
+
+def test_what_keeps_submissions_from_being_confined_is_told_and_breaks_nothing():
+    report = doctor.Report()
+    doctor._grading(report, "Student code cannot be confined: " + "a reason, " * 12)
+    first, second = report.lines
+    assert first.startswith("  grading   Student code cannot be confined: a reason, ")
+    assert second.startswith(" " * 12)
+    assert (report.broken, report.notes) == ([], [])
+    doctor._grading(fine := doctor.Report(), None)
+    assert fine.lines == ["  grading   submissions can be confined"]

@@ -9,7 +9,6 @@ opening sockets among others.
 
 import errno
 import os
-import resource
 import shutil
 import site
 import subprocess
@@ -132,6 +131,8 @@ def lock_down(limits: Limits) -> None:
     To be called after all imports and before any of a student's code. Raises OSError where the
     kernel refuses.
     """
+    import resource  # not there on Windows
+
     import pyseccomp
 
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
