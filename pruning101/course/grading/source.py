@@ -8,7 +8,7 @@ import symtable
 import warnings
 from collections.abc import Collection, Iterator
 
-LONGEST = 1_000_000  # characters of one cell that are looked at; a parser's memory grows with them
+LONGEST = 300_000  # characters of one cell that are looked at; parsing takes a hundred times that
 LONGEST_MAGIC = 20_000  # IPython reads a cell again for each line that it changes
 _PYTHON_INSIDE = {"time", "timeit", "capture", "prun"}  # cell magics whose body is Python
 _NO_PYTHON = (SyntaxError, ValueError, MemoryError, RecursionError)
@@ -155,4 +155,6 @@ def _inside(call: ast.Call) -> str:
     named = call.func.attr if isinstance(call.func, ast.Attribute) else ""
     if named == "run_cell_magic" and len(given) == 3 and given[0] in _PYTHON_INSIDE:
         return str(given[2])
+    if named == "run_line_magic" and len(given) == 2 and given[0] in ("time", "prun"):
+        return str(given[1]) or "None"
     return "None"
