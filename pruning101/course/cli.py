@@ -93,6 +93,44 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.set_defaults(run=_assign)
 
+    sub = add("grade", help="grade a folder of submissions", description=_grade.__doc__)
+    sub.add_argument("submissions", type=Path, metavar="SUBMISSIONS", help="the folder of them")
+    sub.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="where the reports are written"
+    )
+    sub.add_argument(
+        "--jobs", type=int, metavar="N", help="submissions at a time (default: one a core)"
+    )
+    sub.add_argument("--lesson", nargs="+", metavar="LESSON", help=f"{lesson} (default: all)")
+    sub.add_argument(
+        "--timeout",
+        type=float,
+        default=60,
+        metavar="SECONDS",
+        help="what one cell, or one call of a function, may take (default: 60)",
+    )
+    sub.add_argument(
+        "--memory",
+        type=float,
+        default=2,
+        metavar="GIB",
+        help="what a submission may take beyond Python and torch (default: 2)",
+    )
+    sub.add_argument(
+        "--trusted", action="store_true", help="run the students' code without confining it"
+    )
+    sub.set_defaults(run=_grade)
+
+    sub = add("book", help="make the book of the course", description=_book.__doc__)
+    sub.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/book"),
+        metavar="FOLDER",
+        help="default: runs/book",
+    )
+    sub.set_defaults(run=_book)
+
     sub = add("reproduce", help="make a paper's table again", description=_reproduce.__doc__)
     sub.add_argument("table", metavar="TABLE", help="a table: lacoot")
     sub.add_argument(
@@ -213,6 +251,43 @@ def _assign(arguments: argparse.Namespace) -> int:
     from .assign import assign
 
     print(assign(material.find(arguments.lesson), arguments.to))
+    return 0
+
+
+def _grade(arguments: argparse.Namespace) -> int:
+    """Grade what students handed in: a gradebook, a page of feedback for each, and a summary; stop
+    it with Ctrl-C, and the same command goes on from there.
+    """
+    from .grading.grade import grade
+    from .grading.sandbox import Limits
+
+    for name in ("timeout", "memory"):
+        if not 0 < getattr(arguments, name) < float("inf"):
+            raise ValueError(f"--{name} takes a number above 0, not {getattr(arguments, name)}.")
+    summary = grade(
+        arguments.submissions,
+        arguments.out,
+        jobs=arguments.jobs,
+        lessons=arguments.lesson and [material.find(name) for name in arguments.lesson],
+        limits=Limits(
+            seconds=arguments.timeout,
+            cpu_seconds=max(Limits.cpu_seconds, int(5 * arguments.timeout)),
+            memory=int(arguments.memory * 2**30),
+        ),
+        trusted=arguments.trusted,
+    )
+    print(summary.with_name("gradebook.csv"))
+    print(summary)
+    return 0
+
+
+def _book(arguments: argparse.Namespace) -> int:
+    """Make the book: the lessons as they are stored, the library's reference, all methods side by
+    side, and the instructor's guide, as pages that need no network.
+    """
+    from .book import book
+
+    print(book(arguments.out))
     return 0
 
 

@@ -27,7 +27,7 @@ def said(capsys, *arguments):
 def test_help_names_every_command(capsys):
     code, out, _ = said(capsys, "--help")
     assert code == 0
-    for command in ("lab", "run", "build", "assign", "reproduce", "data", "doctor"):
+    for command in ("lab", "run", "build", "assign", "grade", "reproduce", "data", "doctor"):
         assert re.search(rf"^    {command}\s", out, re.MULTILINE)
 
 
@@ -45,7 +45,8 @@ def test_help_names_every_command(capsys):
         (["reproduce", "lacoot", "--rows", "eazier"], "There is no row 'eazier'"),
         (["reproduce", "lacoot", "--seeds", "one"], "invalid int value: 'one'"),
         ([], "required"),
-        (["grade"], "invalid choice: 'grade'"),
+        (["grade"], "required: SUBMISSIONS, --out"),
+        (["mark"], "invalid choice: 'mark'"),
     ],
 )
 def test_a_wrong_call_gets_one_sentence(built, capsys, arguments, told):
