@@ -692,9 +692,10 @@ def test_every_setting_of_the_widget_draws_and_says_what_it_shows(widget_state):
 def test_the_widget_has_one_slider_that_says_what_it_moves(widget_state):
     ipywidgets = pytest.importorskip("ipywidgets")
     box = widget.show(widget_state)
-    sliders = [c for c in box.children if isinstance(c, ipywidgets.FloatSlider)]
+    rows = [c.children for c in box.children if isinstance(c, ipywidgets.HBox)]
+    sliders = [c for row in rows for c in row if isinstance(c, ipywidgets.FloatSlider)]
     assert len(sliders) == 1
-    assert "threshold" in sliders[0].description
+    assert "threshold" in rows[0][0].description
     image = next(c for c in box.children if isinstance(c, ipywidgets.Image))
     before = image.value
     sliders[0].value = 3.0

@@ -674,7 +674,8 @@ def test_widget_draws_every_setting(state):
 def test_widget_binds_its_sliders(state):
     """Moving a slider replaces picture and text."""
     box = widget.show(state)
-    weight, _, text, image = box.children
+    row, _, text, image = box.children
+    weight = row.children[-1]
     before = (bytes(image.value), text.value)
     weight.value = 95
     assert image.value != before[0]

@@ -131,7 +131,8 @@ def test_the_controls_reach_every_setting(state):
     controls = widget.controls(state)
     assert (controls["epoch"].min, controls["epoch"].max) == (0, EPOCHS)
     assert tuple(controls["layer"].options) == NAMES
-    slider, menu, text, image = widget.show(state).children
+    row, menu, text, image = widget.show(state).children
+    slider = row.children[-1]
     seen = set()
     for layer in menu.options:
         menu.value = layer

@@ -57,6 +57,38 @@ def test_the_garbage_collector_goes_on_afterwards():
     assert gc.isenabled()
 
 
+def test_a_slider_stands_behind_a_box_that_bears_its_name():
+    control = slider()
+    box = base.explore(draw, lambda height: f"the bar is {height} high", height=control)
+    number, shown = box.children[0].children
+    assert shown is control
+    assert number.description == "height of the bar"
+    assert (number.min, number.max, number.value) == (0, 10, 1)
+    number.value = 7
+    assert control.value == 7
+    assert box.children[-2].value == "the bar is 7 high"
+    control.value = 3
+    assert number.value == 3
+
+
+def test_what_is_typed_moves_to_the_nearest_place_of_the_slider():
+    drawn = []
+    control = ipywidgets.FloatSlider(min=0.1, max=1, step=0.3, value=0.1, description="share")
+    box = base.explore(lambda share: drawn.append(share) or draw(1), share=control)
+    number = box.children[0].children[0]
+    for typed, place in ((0.5, 0.4), (0.6, 0.7), (7, 1.0), (-7, 0.1)):
+        number.value = typed
+        assert control.value == pytest.approx(place)
+        assert number.value == pytest.approx(place), "the box says what is drawn"
+    assert {round(share, 6) for share in drawn} <= {0.1, 0.4, 0.7, 1.0}
+
+
+def test_other_controls_stand_alone_under_their_own_names():
+    menu = ipywidgets.Dropdown(options=[1, 2], description="height")
+    assert base.explore(draw, height=menu).children[0] is menu
+    assert menu.description == "height"
+
+
 def test_a_control_without_description_is_refused():
     with pytest.raises(ValueError, match="'height' has no description"):
         base.explore(draw, height=ipywidgets.IntSlider())

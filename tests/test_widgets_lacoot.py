@@ -388,7 +388,8 @@ def test_the_controls_reach_every_setting(state):
         "without the regulariser": False,
     }
     assert tuple(controls["ranking"].options) == widget.RANKINGS
-    slider, network, ranking, text, image = widget.show(state).children
+    row, network, ranking, text, image = widget.show(state).children
+    slider = row.children[-1]
     settings = {"regularised": True, "removed": 0, "ranking": state.ranking}
     assert text.value == widget.describe(state) == widget.describe(state, **settings)
     seen = {bytes(image.value)}

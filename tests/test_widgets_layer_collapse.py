@@ -81,7 +81,8 @@ def test_the_controls_reach_every_setting(state):
     controls = widget.controls(state)
     assert list(controls["examples"].options) == list(EXAMPLES)
     assert (controls["slope"].min, controls["slope"].max) == (0.0, 1.0)
-    slider, menu, text, image = widget.show(state).children
+    row, menu, text, image = widget.show(state).children
+    slider = row.children[-1]
     seen = {bytes(image.value)}
     for examples in EXAMPLES:
         menu.value = examples

@@ -119,7 +119,8 @@ def test_the_controls_reach_every_setting(state):
     assert (controls["iteration"].min, controls["iteration"].max) == (1, len(SLOPES))
     assert (controls["taps"].min, controls["taps"].max) == (0, 9)
     box = widget.show(state)
-    *moved, text, image = box.children
+    *rows, text, image = box.children
+    moved = [row.children[-1] if hasattr(row, "children") else row for row in rows]
     by_name = dict(zip(controls, moved, strict=True))
     seen = {bytes(image.value)}
     changes = {"iteration": 6, "first": 5, "stride": 2, "taps": 4, "pads": "no", "second": 1}

@@ -120,7 +120,8 @@ def test_the_controls_reach_every_setting(state):
     controls = widget.controls(state)
     assert (controls["round"].min, controls["round"].max) == (0, ROUNDS)
     assert list(controls["measure"].options) == list(widget.MEASURES)
-    slider, menu, text, image = widget.show(state).children
+    row, menu, text, image = widget.show(state).children
+    slider = row.children[-1]
     before = bytes(image.value)
     slider.value = 1
     assert bytes(image.value) != before

@@ -68,8 +68,8 @@ def test_the_controls_reach_every_setting(state):
     controls = widget.controls(state)
     assert controls["removed"].max == len(state.relevances) - 1
     assert list(controls["order"].options) == list(widget.ORDERS)
-    shown = widget.show(state)
-    slider, menu, text, image = shown.children
+    row, menu, text, image = widget.show(state).children
+    slider = row.children[-1]
     before = bytes(image.value)
     slider.value = 4
     assert bytes(image.value) != before

@@ -115,7 +115,8 @@ def test_the_controls_reach_every_setting(state):
     controls = widget.controls(state)
     assert list(controls["kind"].options) == [widget.WEIGHTS, widget.CHANNELS]
     assert (controls["sparsity"].min, controls["sparsity"].max) == (0.0, 0.8)
-    slider, menu, text, image = widget.show(state).children
+    row, menu, text, image = widget.show(state).children
+    slider = row.children[-1]
     seen = {bytes(image.value)}
     for kind in menu.options:
         menu.value = kind
