@@ -86,8 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("topic", metavar="TOPIC", help="the name of its module: token_folding")
     sub.set_defaults(run=_new)
 
-    sub = add("assign", help="write a lesson's student version", description=_assign.__doc__)
-    sub.add_argument("lesson", metavar="LESSON", help=lesson)
+    sub = add("assign", help="write lessons' student versions", description=_assign.__doc__)
+    sub.add_argument("lessons", metavar="LESSON", nargs="*", help=f"{lesson} (default: all)")
     sub.add_argument(
         "--to", type=Path, default=Path(), metavar="FOLDER", help="default: the current folder"
     )
@@ -245,12 +245,14 @@ def _new(arguments: argparse.Namespace) -> int:
 
 
 def _assign(arguments: argparse.Namespace) -> int:
-    """Write the student version of a lesson: solutions and hidden tests out, outputs cleared,
-    checks locked.
+    """Write student versions of lessons (solutions and hidden tests out, outputs cleared, checks
+    locked), and a manifest.json with their points.
     """
     from .assign import assign
 
-    print(assign(material.find(arguments.lesson), arguments.to))
+    chosen = [material.find(name) for name in arguments.lessons] or material.lessons()
+    for path in assign(chosen, arguments.to):
+        print(path)
     return 0
 
 
