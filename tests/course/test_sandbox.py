@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -86,6 +87,10 @@ def test_nothing_of_the_environment_or_of_another_process_gets_in(monkeypatch):
     assert set(environment) - {"PWD", "LC_CTYPE"} == set(sandbox._environment())
     assert environment["HOME"] == "/tmp"
     assert user != 0
+
+
+def test_no_network_card_is_there():
+    assert ask("import json, socket; print(json.dumps(socket.if_nameindex()))") == [[1, "lo"]]
 
 
 def test_nothing_can_be_written_but_the_scratch_folder():
@@ -193,6 +198,7 @@ def test_it_ends_with_the_process_that_started_it():
     os.close(writing)
     assert os.read(reading, 7) == b"started"
     process.kill()
+    assert select.select([reading], [], [], 60)[0], "it goes on"
     assert os.read(reading, 1) == b""
     process.wait()
     os.close(reading)

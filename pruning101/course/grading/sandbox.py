@@ -118,7 +118,7 @@ def command(module: str, *, limits: Limits) -> list[str]:
     options += ["--dev", "/dev", "--remount-ro", "/dev"]
     fonts = _font_cache()
     options += ["--ro-bind", str(fonts), f"{SCRATCH}/matplotlib/{fonts.name}"]
-    options += ["--remount-ro", "/", "--chdir", SCRATCH, "--clearenv"]
+    options += ["--remount-ro", "/", "--chdir", SCRATCH]
     for name, value in _environment().items():
         options += ["--setenv", name, value]
     # An empty environment for bubblewrap, too: its own process can be looked at from inside.
