@@ -93,6 +93,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.set_defaults(run=_assign)
 
+    sub = add("check", help="say which exercises of a notebook pass", description=_check.__doc__)
+    sub.add_argument(
+        "notebooks", type=Path, nargs="+", metavar="NOTEBOOK", help="a notebook that you worked in"
+    )
+    sub.set_defaults(run=_check)
+
     sub = add("grade", help="grade a folder of submissions", description=_grade.__doc__)
     sub.add_argument("submissions", type=Path, metavar="SUBMISSIONS", help="the folder of them")
     sub.add_argument(
@@ -254,6 +260,17 @@ def _assign(arguments: argparse.Namespace) -> int:
     for path in assign(chosen, arguments.to):
         print(path)
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    """Run the checks of your notebooks, offline, and say what passes, what does not and why, and
+    which hints there are.
+    """
+    from .check import check
+
+    checked = check(arguments.notebooks)
+    print("\n\n".join(each.text for each in checked))
+    return 0 if all(each.passed for each in checked) else 1
 
 
 def _grade(arguments: argparse.Namespace) -> int:

@@ -118,7 +118,7 @@ def test_deleted_checks_and_answer_are_the_instructor_s(tiny, work):
     done = overlay(plan(tiny), work)
     assert order(plan(tiny), done) == ["def keep_largest", "extra = 1", *SOLVED_ORDER[1:]]
     assert set(done.remarks) == {
-        "Check a of exercise 1; check b of exercise 1: deleted; the original was used.",
+        "Check 1 of exercise 1; check 2 of exercise 1: deleted; the original was used.",
         "The answer to `ex-07-open`: deleted.",
     }
 
@@ -132,7 +132,7 @@ def test_changed_checks_count_for_nothing(tiny, work):
         check.source for check in plan(tiny).exercises[0].checks
     ]
     assert done.remarks == (
-        "Check a of exercise 1; check b of exercise 1: changed; the original was used.",
+        "Check 1 of exercise 1; check 2 of exercise 1: changed; the original was used.",
     )
 
 
@@ -145,7 +145,7 @@ def test_copies_run_in_their_order_so_the_last_definition_counts(tiny, work):
     assert [part.source for part in done.parts] == [SOLVED, again.source]
     assert order(plan(tiny), done) == ["def keep_largest", *SOLVED_ORDER]
     assert done.remarks == (
-        "Check a of exercise 1: there more than once; it counts once.",
+        "Check 1 of exercise 1: there more than once; it counts once.",
         "The cell of exercise 1: there 2 times; they ran in their order, so that the last "
         "definition counts.",
     )
@@ -197,7 +197,7 @@ def test_moved_cells_still_have_their_checks_after_them(later):
     assert order(plan(later), done)[3:] == ["count-11-1-check-a", "count-11-1-check-b"]
     (remark,) = done.remarks
     assert "xercise 1" in remark
-    assert "heck of exercise 2" in remark
+    assert "heck 1 of exercise 2" in remark
     assert remark.endswith("moved; a check runs after its exercise all the same.")
 
 

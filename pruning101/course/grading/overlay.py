@@ -277,10 +277,9 @@ def _name(plan: Plan, role: Given) -> str:
     for number, exercise in enumerate(plan.exercises, start=1):
         if role.grade_id == exercise.grade_id:
             return f"exercise {number}"
-        for check in exercise.checks:
+        for index, check in enumerate(exercise.checks, start=1):
             if role.grade_id == check.grade_id:
-                letter = check.grade_id.removeprefix(f"{exercise.grade_id}-check").strip("-")
-                return f"check {letter} of exercise {number}".replace("  ", " ")
+                return f"check {index} of exercise {number}"
     return f"the answer to `{_title(plan, role.grade_id)}`" if role.grade_id else "a cell"
 
 
