@@ -27,7 +27,6 @@ from typing import Any
 
 from ... import __version__
 from ...core.files import write_json, written_whole
-from ..assign import TEXT_STUB
 from .plan import Check, Exercise, Plan
 
 COMMONEST = 10  # how many messages the summary shows of a lesson
@@ -88,9 +87,10 @@ def write(out: Path, plans: Mapping[str, Plan], results: Iterable[Result]) -> No
         .get_template("summary.html")
         .render(
             rows=rows,
-            graded=sum(not (row["problem"] or row["failure"]) for row in rows),
+            graded=sum(not _problems(row) for row in rows),
             to_mark=sum(answer["answered"] for row in rows for answer in row["written"].values()),
-            troubled=[(row, sentences) for row in rows if (sentences := _sentences(row))],
+            problems=[(row, _problems(row)) for row in rows if _problems(row)],
+            remarks=[(row, row["remarks"]) for row in rows if row["remarks"]],
             lessons=[lesson for lesson in figures if lesson["submissions"]],
         )
     )
@@ -111,8 +111,7 @@ def _row(result: Result, plan: Plan | None) -> dict[str, Any]:
             "message": outcome["message"],
         }
     for answer in plan.written if plan and graded else []:
-        text = (result.answers or {}).get(answer.grade_id, "").strip()
-        answered = text not in ("", TEXT_STUB)
+        answered = bool((result.answers or {}).get(answer.grade_id, "").strip())
         written[answer.grade_id] = {"maximum": answer.points, "answered": answered}
     return {
         "key": result.key,
@@ -184,12 +183,12 @@ def _figures(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What the summary says of a lesson: its points, each exercise's, and what failed most."""
     rows = [row for row in rows if row["lesson"] == plan.lesson and row["points"] is not None]
     points = [row["points"] for row in rows]
-    failed: Counter[tuple[int, int, str]] = Counter()
-    for row in rows:
-        for at, exercise in enumerate(_exercises(plan, row)):
-            for number, check in enumerate(exercise["checks"], start=1):
-                if not check["passed"]:
-                    failed[at, number, check["message"]] += 1
+    failed = Counter(
+        (at, message)
+        for row in rows
+        for at, exercise in enumerate(_exercises(plan, row))
+        for message in {check["message"] for check in exercise["checks"] if not check["passed"]}
+    )
     commonest = sorted(failed.items(), key=lambda item: (-item[1], item[0]))[:COMMONEST]
     return {
         "name": plan.lesson,
@@ -203,10 +202,10 @@ def _figures(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "messages": [
             {
                 "submissions": count,
-                "check": f"{plan.exercises[at].title}, check {number}",
+                "exercise": plan.exercises[at].title,
                 "message": message,
             }
-            for (at, number, message), count in commonest
+            for (at, message), count in commonest
         ],
     }
 
@@ -258,7 +257,7 @@ def _write_gradebook(path: Path, plans: Sequence[Plan], rows: Sequence[Mapping[s
             figures = [_number(number) for number in (*total, *points, *hand)]
             names = [_defused(row["student"]), row["lesson"] or ""]
             late = "late" if row["late"] else ""
-            remarks = _defused(" ".join(_sentences(row)))
+            remarks = _defused(" ".join([*_problems(row), *row["remarks"]]))
             table.writerow([*names, *figures, late, _defused(row["source"]), remarks])
 
 
@@ -282,9 +281,8 @@ def _counted(number: float, noun: str) -> str:
     return f"{_number(number)} {noun}{'' if number == 1 else 's'}"
 
 
-def _sentences(row: Mapping[str, Any]) -> list[str]:
-    """All that an instructor should know of a submission, in words."""
-    return [sentence for sentence in (row["failure"], row["problem"]) if sentence] + row["remarks"]
+def _problems(row: Mapping[str, Any]) -> list[str]:
+    return [sentence for sentence in (row["failure"], row["problem"]) if sentence]
 
 
 def _pages() -> Any:
