@@ -2,11 +2,6 @@
 would.
 """
 
-import json
-import subprocess
-import sys
-from dataclasses import asdict
-
 import exercises
 import pytest
 from test_exercises import LESSONS, mutations

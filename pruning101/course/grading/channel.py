@@ -40,7 +40,8 @@ class Channel:
                 f"This is too large to be handed over: {len(text) + sum(sizes):,} bytes, where "
                 f"{HEADER_BYTES:,} of text and numbers and {MESSAGE_BYTES:,} of tensors may be."
             )
-        for part in (_LENGTHS.pack(len(text), sum(sizes)), text, *buffers):
+        parts: list[bytes | memoryview] = [_LENGTHS.pack(len(text), sum(sizes)), text, *buffers]
+        for part in parts:
             self._socket.settimeout(self._left())
             self._socket.sendall(part)
 

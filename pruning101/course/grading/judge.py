@@ -4,8 +4,8 @@ The process of the judge never runs any of the student's code. Where a check use
 the student wrote, a stand-in hands the arguments to the worker and brings back what it returns, as
 plain data. So the only thing that a student's code can bring about is what its functions return.
 
-`python -m pruning101.course.grading.judge` reads a job as JSON from stdin and prints each outcome as
-a line of JSON as soon as it is known.
+`python -m pruning101.course.grading.judge` reads a job as JSON from stdin and prints each outcome
+as a line of JSON as soon as it is known.
 """
 
 import contextlib
@@ -202,9 +202,11 @@ class _Bench:
         """What the worker answers; None where it raises an error, or is lost."""
         found = None
         if self._worker is not None:
-            with contextlib.suppress(Exception, Disconnected, Late):
-                with self._worker.for_seconds(self._limits.seconds):
-                    found = self._worker.peer.request(*request)
+            with (
+                contextlib.suppress(Exception, Disconnected, Late),
+                self._worker.for_seconds(self._limits.seconds),
+            ):
+                found = self._worker.peer.request(*request)
             if self._worker.lost is not None:
                 self.close()
         return found

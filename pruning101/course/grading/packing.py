@@ -9,23 +9,19 @@ What has an identity (it may change, or be met twice) is written as its key, and
 beside the value; so cycles and any depth of lists in lists are no matter.
 """
 
-import dataclasses
 import hashlib
-import importlib
 import json
 import math
-import re
 import types
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.utils import prune
 
+from . import kinds
 from .channel import ExchangeError
 
 if TYPE_CHECKING:
@@ -35,31 +31,6 @@ DEPTH = 100  # of tuples in tuples
 ELEMENTS = 2**28  # of one tensor or array: stride 0 makes any number of them from a single byte
 # What Python and torch raise where a message does not fit.
 BROKEN = (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError)
-
-_DTYPES = {
-    name: getattr(torch, name)
-    for name in (
-        *("float16", "bfloat16", "float32", "float64", "complex64", "complex128", "bool"),
-        *("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
-    )
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_CONTAINERS = {
-    kind.__name__: kind
-    for kind in (list, set, deque, dict, OrderedDict, Counter, defaultdict)  # type: ignore[attr-defined]
-}
-_BIT_GENERATORS = {
-    kind.__name__: kind
-    for kind in (
-        *(np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937),
-        *(np.random.Philox, np.random.SFC64),
-    )
-}
-_ARRAYS = re.compile(r"[<>=|]([biufc][1248]|c16|f16|c32|[US]\d{1,6})")
-# Where a class may come from whose instances are plain data.
-_LIBRARIES = ("torch.nn.modules", "torch.nn.utils.prune", "pruning101")
-_LIBRARIES += ("torchvision.models", "torchvision.ops", "timm.models", "timm.layers")
-_CLOSED = ("pruning101.course", "pruning101.__main__")
 
 
 class Packer:
@@ -92,21 +63,20 @@ class Packer:
             return ["complex", value.real, value.imag]
         if kind is bytes:
             return ["bytes", value.hex()]
-        if kind is torch.dtype and value in _NAMES:
-            return ["dtype", _NAMES[value]]
+        if kind is torch.dtype and value in kinds.DTYPE_NAMES:
+            return ["dtype", kinds.DTYPE_NAMES[value]]
         if kind is torch.device:
             return ["device", str(value)]
-        if isinstance(value, np.generic) and _ARRAYS.fullmatch(value.dtype.str):
-            if kind is value.dtype.type:
-                return ["scalar", value.dtype.str, value.tobytes().hex()]
-        if kind.__module__ == "torch.return_types" and _returned(kind.__name__) is kind:
+        if kinds.is_scalar(value):
+            return ["scalar", value.dtype.str, value.tobytes().hex()]
+        if kind.__module__ == "torch.return_types" and kinds.return_type(kind.__name__) is kind:
             return ["returned", kind.__name__, *(self.node(part, depth + 1) for part in value)]
-        if isinstance(value, type) and _known_class(value):
+        if isinstance(value, type) and kinds.known_class(value):
             return ["class", value.__module__, value.__qualname__]
         if isinstance(value, types.BuiltinFunctionType | types.FunctionType):
             name = value.__name__
             for place in ("functional", "torch"):
-                if _function(place, name) is value:
+                if kinds.function_named(place, name) is value:
                     return ["function", place, name]
         known = self._exchange.key(value)
         key = self._numbers.get(id(value)) if known is None else known
@@ -117,7 +87,7 @@ class Packer:
         if key not in self.objects:
             self.objects[key] = value
             self._todo.append(key)
-            if known is None and not _plain(value):
+            if known is None and not kinds.is_plain(value):
                 self.handles.add(key)
         return ["is", key]
 
@@ -126,7 +96,7 @@ class Packer:
         while self._todo:
             key = self._todo.pop()
             one = self.objects[key]
-            if _plain(one):
+            if kinds.is_plain(one):
                 self._described[key] = self._description(one)
 
     def computed(self) -> list[Tensor]:
@@ -149,7 +119,9 @@ class Packer:
         places = {
             _place(m) for k, (_, m) in self._described.items() if k in changed and m is not None
         }
-        objects, buffers, indices = [], [], {}
+        objects: list[list] = []
+        buffers: list[memoryview] = []
+        indices: dict[Any, int] = {}
         for key, (written, memory) in self._described.items():
             # Who shares memory with a changed tensor is written, too: so it stays shared.
             place = None if memory is None else _place(memory)
@@ -167,7 +139,7 @@ class Packer:
         kind = type(one)
         if kind in (list, set, deque):
             return [kind.__name__, *map(self.node, one)], None
-        if kind in _CONTAINERS.values():
+        if kind in kinds.CONTAINERS.values():
             parts = [part for item in one.items() for part in item]
             return [kind.__name__, *map(self.node, parts)], None
         if kind in (Tensor, nn.Parameter):
@@ -175,7 +147,12 @@ class Packer:
             gradient = one.grad if one.is_leaf else None
             where = [list(plain.shape), list(plain.stride()), plain.storage_offset()]
             flags = [one.requires_grad, self.node(gradient)]
-            return [kind.__name__, _NAMES[one.dtype], *where, *flags], plain.untyped_storage()
+            return [
+                kind.__name__,
+                kinds.DTYPE_NAMES[one.dtype],
+                *where,
+                *flags,
+            ], plain.untyped_storage()
         if kind is np.ndarray:
             return ["array", one.dtype.str, list(one.shape)], np.ascontiguousarray(one)
         if kind is torch.Generator:
@@ -228,17 +205,17 @@ class Unpacker:
         if kind == "bytes":
             return bytes.fromhex(*parts)
         if kind == "dtype":
-            return _DTYPES[parts[0]]
+            return kinds.DTYPES[parts[0]]
         if kind == "device":
             return torch.device(parts[0])
         if kind == "scalar":
             return _array(parts[0], [], memoryview(bytes.fromhex(parts[1])))[()]
         if kind == "returned":
             made_of = [self.value(part, depth + 1) for part in parts[1:]]
-            return _returned(parts[0])(made_of)
+            return kinds.return_type(parts[0])(made_of)
         if kind == "class":
-            return _class(*parts)
-        if kind == "function" and (found := _function(*parts)) is not None:
+            return kinds.class_named(*parts)
+        if kind == "function" and (found := kinds.function_named(*parts)) is not None:
             return found
         raise ExchangeError(f"{str(kind)[:40]!r} is no kind of value")
 
@@ -252,12 +229,15 @@ class Unpacker:
     def _shell(self, key: int, index: int, kind: str, content: list) -> Any:
         """The object of a key, made where it is not there yet; all of it but what holds others."""
         there = self._exchange.find(key)
+        one: Any
+        made: Any
         if kind == "handle":
             return self._exchange.stand_in(key)
         if kind in ("Tensor", "Parameter"):
             one = self._tensor(there, index, kind, content)
         elif kind == "array":
-            one = _array(*content, self._buffers[index])
+            dtype, shape = content
+            one = _array(dtype, shape, self._buffers[index])
             if there is not None:
                 _same_type(there, np.ndarray)
                 if there.shape != one.shape or there.dtype != one.dtype:
@@ -269,14 +249,14 @@ class Unpacker:
             one = torch.Generator() if there is None else _same_type(there, torch.Generator)
             one.set_state(torch.frombuffer(bytearray.fromhex(content[0]), dtype=torch.uint8))
         elif kind == "numpy generator":
-            made = _BIT_GENERATORS[content[0]]
+            made = kinds.BIT_GENERATORS[content[0]]
             one = np.random.Generator(made(0)) if there is None else there
             _same_type(_same_type(one, np.random.Generator).bit_generator, made)
         elif kind == "object":
-            made = _class(*content[:2])
+            made = kinds.class_named(*content[:2])
             one = object.__new__(made) if there is None else _same_type(there, made)
         else:
-            made = _CONTAINERS[kind]
+            made = kinds.CONTAINERS[kind]
             one = made() if there is None else _same_type(there, made)
         return self._exchange.adopt(key, one) if there is None else one
 
@@ -299,10 +279,10 @@ class Unpacker:
             values = [self.value(part) for part in content]
             one.clear()
             (one.update if kind == "set" else one.extend)(values)
-        elif kind in _CONTAINERS:
-            pairs_ = list(self._pairs(content))
+        elif kind in kinds.CONTAINERS:
+            items = list(self._pairs(content))
             one.clear()
-            for name, value in pairs_:
+            for name, value in items:
                 one[name] = value
 
     def _pairs(self, content: list) -> Iterator[tuple[Any, Any]]:
@@ -325,7 +305,7 @@ class Unpacker:
 
     def _tensor(self, there: Any, index: int, kind: str, content: list) -> Tensor:
         name, shape, stride, offset, requires_grad, _ = content
-        dtype = _DTYPES[name]
+        dtype = kinds.DTYPES[name]
         if index not in self._storages:
             storage = torch.UntypedStorage(self._buffers[index].nbytes)
             _write(storage, self._buffers[index])
@@ -347,79 +327,6 @@ class Unpacker:
         if there.is_leaf and there.requires_grad != requires_grad:
             there.requires_grad_(requires_grad)
         return there
-
-
-def _plain(one: Any) -> bool:
-    """Whether an object goes over as a copy; else as a handle."""
-    kind = type(one)
-    if kind in (Tensor, nn.Parameter):
-        on_cpu = one.device.type == "cpu" and one.layout is torch.strided
-        return on_cpu and not one.is_quantized and one.dtype in _NAMES
-    if kind is np.ndarray:
-        return _ARRAYS.fullmatch(one.dtype.str) is not None
-    if kind is torch.Generator:
-        return one.device.type == "cpu"
-    if kind is np.random.Generator:
-        return type(one.bit_generator) in _BIT_GENERATORS.values()
-    if kind in _CONTAINERS.values():
-        return True
-    return not isinstance(one, type) and _known_class(kind)
-
-
-def _known_class(kind: type) -> bool:
-    """Whether a class is a module, a pruning method or a dataclass of the known libraries, and so
-    are the classes that it is made from.
-    """
-    data = issubclass(kind, nn.Module | prune.BasePruningMethod) or dataclasses.is_dataclass(kind)
-    return (
-        data
-        and kind.__dictoffset__ != 0
-        and all(
-            base.__module__ in ("builtins", "abc", "typing")
-            or _at(base.__module__, base.__qualname__) is base
-            for base in kind.__mro__
-        )
-    )
-
-
-def _at(module: str, name: str) -> Any:
-    """What lies under `name` in a module of the known libraries; None where it is another module,
-    or nothing lies there.
-    """
-    inside = any(f"{module}.".startswith(f"{library}.") for library in _LIBRARIES)
-    if not inside or any(f"{module}.".startswith(f"{closed}.") for closed in _CLOSED):
-        return None
-    try:
-        return vars(importlib.import_module(module)).get(name)
-    except ImportError:
-        return None
-
-
-def _class(module: str, name: str) -> type:
-    found = _at(module, name)
-    if not isinstance(found, type) or not _known_class(found):
-        raise ExchangeError(f"{module}.{name} is no class whose objects can be handed over"[:200])
-    return found
-
-
-def _function(place: str, name: str) -> Any:
-    """A function of torch.nn.functional, or of torch where tensors have a method of that name;
-    None where there is no such function.
-    """
-    module = {"functional": functional, "torch": torch}[place]
-    found = getattr(module, name, None)
-    if name.startswith("_") or not callable(found):
-        return None
-    if place == "torch":
-        builtin = isinstance(found, types.BuiltinFunctionType)
-        return found if builtin and hasattr(Tensor, name) else None
-    ours = getattr(found, "__module__", None) in ("torch.nn.functional", "torch._C._nn")
-    return found if ours or _function("torch", name) is found else None
-
-
-def _returned(name: str) -> Any:
-    found = getattr(torch.return_types, name, None)
-    return found if isinstance(found, type) and issubclass(found, tuple) else None
 
 
 def _same_type(one: Any, kind: type) -> Any:
@@ -459,7 +366,7 @@ def _from_text(text: str) -> dict[str, Any]:
 
 
 def _number_type(dtype: str) -> np.dtype:
-    if not _ARRAYS.fullmatch(dtype):
+    if not kinds.ARRAYS.fullmatch(dtype):
         raise ExchangeError(f"{dtype[:40]!r} is no type of an array")
     return np.dtype(dtype)
 
@@ -477,7 +384,7 @@ def _flat(storage: torch.UntypedStorage) -> Tensor:
 
 def _bytes(memory: Any) -> memoryview:
     flat = memory if isinstance(memory, np.ndarray) else _flat(memory).numpy()
-    return memoryview(flat.reshape(-1).view(np.uint8))
+    return memoryview(flat.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
 
 
 def _write(storage: torch.UntypedStorage, buffer: memoryview) -> None:

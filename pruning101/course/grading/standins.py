@@ -5,7 +5,7 @@ other side.
 import builtins
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ class StudentError(Exception):
 
 @dataclass(frozen=True)
 class Told:
-    """What the other side tells of an error: its class, its text, where it arose ("" if unknown)."""
+    """What the other side tells of an error: its class, its text, and where it arose, if known."""
 
     name: str
     text: str
@@ -43,7 +43,7 @@ class Remote:
     def __init__(self, ask: Callable[..., Any]) -> None:
         self._ask = ask
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         return self._ask("call", self, args, kwargs)
 
     def __iter__(self) -> Any:
@@ -134,13 +134,14 @@ class Peer:
         self,
         channel: Channel,
         *,
-        actions: Mapping[str, Callable[..., Any]],
+        actions: dict[str, Callable[..., Any]],
         tell: Callable[[BaseException], Told],
         told: type[BaseException] = Exception,
     ) -> None:
         self.channel = channel
         self.exchange = Exchange(lambda: Remote(self.request))
-        used = {"call": _call, "iter": iter, "next": next, "bool": bool, "backward": Graph.backward}
+        used: dict[str, Callable[..., Any]] = {"call": _call, "iter": iter, "next": next}
+        used |= {"bool": bool, "backward": Graph.backward}
         self._actions = {name: self._on_handle(action) for name, action in used.items()} | actions
         self._tell = tell
         self._told = told

@@ -66,18 +66,15 @@ def main(number: int) -> None:
     """Serve the judge at the other end of the socket until it hangs up."""
     sys.modules["__main__"] = types.ModuleType("__main__")
     worker = Worker()
-    on_handles = {
-        "item": operator.getitem,
-        "len": len,
-        "attribute": getattr,
-    }
     peer = Peer(
         Channel(socket.socket(fileno=number)),
         actions={
             "start": worker.start,
             "run": worker.cells.run,
             "name": worker.name,
-            **on_handles,
+            "item": operator.getitem,
+            "len": len,
+            "attribute": getattr,
         },
         tell=worker.tell,
         told=BaseException,

@@ -1,0 +1,127 @@
+"""What is plain data, and may be copied from one process to another: the types, and the classes and
+functions of known libraries by name.
+"""
+
+import dataclasses
+import importlib
+import re
+import types
+from collections import Counter, OrderedDict, defaultdict, deque
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import prune
+
+from .channel import ExchangeError
+
+DTYPES = {
+    name: getattr(torch, name)
+    for name in (
+        *("float16", "bfloat16", "float32", "float64", "complex64", "complex128", "bool"),
+        *("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
+    )
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+CONTAINERS = {
+    kind.__name__: kind
+    for kind in (list, set, deque, dict, OrderedDict, Counter, defaultdict)  # type: ignore[attr-defined]
+}
+BIT_GENERATORS = {
+    kind.__name__: kind
+    for kind in (
+        *(np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937),
+        *(np.random.Philox, np.random.SFC64),
+    )
+}
+ARRAYS = re.compile(r"[<>=|]([biufc][1248]|c16|f16|c32|[US]\d{1,6})")
+# Where a class may come from whose instances are plain data.
+_LIBRARIES = (
+    *("torch.nn.modules", "torch.nn.utils.prune", "pruning101"),
+    *("torchvision.models", "torchvision.ops", "timm.models", "timm.layers"),
+)
+_CLOSED = ("pruning101.course", "pruning101.__main__")
+
+
+def is_plain(one: Any) -> bool:
+    """Whether an object goes over as a copy; else as a handle."""
+    kind = type(one)
+    if kind in (Tensor, nn.Parameter):
+        on_cpu = one.device.type == "cpu" and one.layout is torch.strided
+        return on_cpu and not one.is_quantized and one.dtype in DTYPE_NAMES
+    if kind is np.ndarray:
+        return ARRAYS.fullmatch(one.dtype.str) is not None
+    if kind is torch.Generator:
+        return one.device.type == "cpu"
+    if kind is np.random.Generator:
+        return type(one.bit_generator) in BIT_GENERATORS.values()
+    if kind in CONTAINERS.values():
+        return True
+    return not isinstance(one, type) and known_class(kind)
+
+
+def is_scalar(one: Any) -> bool:
+    """Whether it is one of NumPy's own numbers or texts."""
+    return isinstance(one, np.generic) and (
+        type(one) is one.dtype.type and ARRAYS.fullmatch(one.dtype.str) is not None
+    )
+
+
+def known_class(kind: type) -> bool:
+    """Whether a class is a module, a pruning method or a dataclass of the known libraries, and so
+    are the classes that it is made from.
+    """
+    data = issubclass(kind, nn.Module | prune.BasePruningMethod) or dataclasses.is_dataclass(kind)
+    return (
+        data
+        and kind.__dictoffset__ != 0
+        and all(
+            base.__module__ in ("builtins", "abc", "typing")
+            or _at(base.__module__, base.__qualname__) is base
+            for base in kind.__mro__
+        )
+    )
+
+
+def _at(module: str, name: str) -> Any:
+    """What lies under `name` in a module of the known libraries; None where it is another module,
+    or nothing lies there.
+    """
+    inside = any(f"{module}.".startswith(f"{library}.") for library in _LIBRARIES)
+    if not inside or any(f"{module}.".startswith(f"{closed}.") for closed in _CLOSED):
+        return None
+    try:
+        return vars(importlib.import_module(module)).get(name)
+    except ImportError:
+        return None
+
+
+def class_named(module: str, name: str) -> type:
+    """A class of the known libraries whose instances are plain data; raises ExchangeError."""
+    found = _at(module, name)
+    if not isinstance(found, type) or not known_class(found):
+        raise ExchangeError(f"{module}.{name} is no class whose objects can be handed over"[:200])
+    return found
+
+
+def function_named(place: str, name: str) -> Any:
+    """A function of torch.nn.functional, or of torch where tensors have a method of that name;
+    None where there is no such function.
+    """
+    module = {"functional": functional, "torch": torch}[place]
+    found = getattr(module, name, None)
+    builtin = isinstance(found, types.BuiltinFunctionType)
+    if name.startswith("_") or not (builtin or isinstance(found, types.FunctionType)):
+        return None
+    if place == "torch":
+        return found if builtin and hasattr(Tensor, name) else None
+    ours = getattr(found, "__module__", None) in ("torch.nn.functional", "torch._C._nn")
+    return found if ours or function_named("torch", name) is found else None
+
+
+def return_type(name: str) -> Any:
+    """A named tuple of torch's, such as that of `torch.max`; None where there is none."""
+    found = getattr(torch.return_types, name, None)
+    return found if isinstance(found, type) and issubclass(found, tuple) else None
