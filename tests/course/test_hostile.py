@@ -5,8 +5,10 @@ exercises, one before it and one after it, must get their points all the same. W
 for something, the text to be found is a marker that hidden tests hold.
 """
 
+import contextlib
 import os
 import textwrap
+import time
 
 import pytest
 
@@ -94,21 +96,30 @@ ENDLESS = {
         """,
     "a result": "def answer():\n    while True: yield 7",
 }
+FORGER = """
+import json, os, stat, struct
+def answer():
+    text = json.dumps({"value": NODE, "freed": [], "objects": OBJECTS, "sizes": []})
+    for number in range(64):
+        try:
+            if stat.S_ISSOCK(os.fstat(number).st_mode):
+                os.write(number, struct.pack(">QQ", len(text), 0) + text.encode() + b"[" * 999)
+        except OSError: pass
+    return 7
+"""
 DEADLY = {
     "the end of the process": "import os\ndef answer(): os._exit(0)",
     "the end of the process while the cell runs": "import os\nos._exit(0)",
     "a crash": "import ctypes\ndef answer(): ctypes.string_at(1)",
     "the channel closed": "import os\ndef answer(): os.closerange(0, 4096); return 7",
-    "forged messages on every open file": """
-        import json, os, struct
-        def answer():
-            text = json.dumps({"value": 8, "freed": [], "objects": [], "sizes": [], "passed": True})
-            forged = struct.pack(">QQ", len(text), 0) + text.encode()
-            for number in range(64):
-                try: os.write(number, forged * 3 + b"\\n[[[" * 5)
-                except OSError: pass
-            return 8
-        """,
+    **{
+        name: FORGER.replace("NODE", repr(node)).replace("OBJECTS", repr(objects))
+        for name, node, objects in (
+            ("a class of the system", ["class", "subprocess", "Popen"], []),
+            ("an object of a class of the system", ["is", -1], [[1, -1, "object", "os", "system"]]),
+            ("what was never sent", ["is", 4711], []),
+        )
+    },
 }
 
 
@@ -405,6 +416,42 @@ def answer():
                 first += size
     return found or files
 """
+
+
+@pytest.mark.slow
+def test_no_process_and_no_file_of_it_is_left():
+    """What runs in the sandbox is known by the namespace of its processes, which it tells."""
+    token = f"left-{os.getpid()}"
+    cell = Part(
+        f"""
+import os, threading
+threading.Thread(target=threading.Event().wait).start()
+open("/tmp/{token}", "w").close()
+def answer(): return os.readlink("/proc/self/ns/pid")
+""",
+        "ex-h0",
+        "hostile cell 0",
+    )
+    items = [cell, Check("ex-h0-check", 1, SEVEN), *AFTER]
+    outcomes = judge(SETUP, items, ["answer", "after"], limits=SMALL, confined=True)
+    namespace = next(outcomes).message.split()[0]
+    assert namespace.startswith("pid:[")
+    assert processes_in(namespace)
+    assert [outcome.points for outcome in outcomes] == [1]
+    end = time.monotonic() + 60  # the kernel ends the last of it in its own time
+    while processes_in(namespace) and time.monotonic() < end:
+        pass
+    assert not processes_in(namespace)
+    assert not os.path.exists(f"/tmp/{token}")
+
+
+def processes_in(namespace):
+    found = []
+    for pid in [name for name in os.listdir("/proc") if name.isdigit()]:
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/{pid}/ns/pid") == namespace:
+                found.append(pid)
+    return found
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import json
 import os
 import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -180,7 +179,10 @@ def test_memory_files_and_descriptors_are_limited():
 
 def test_the_processors_time_is_limited():
     process = start(LOCKED + "while True: pass", limits=Limits(cpu_seconds=1))
-    assert process.wait() == 128 + signal.SIGKILL
+    try:
+        assert process.wait(timeout=60) == 128 + signal.SIGKILL
+    finally:
+        process.kill()
 
 
 def test_it_ends_with_the_process_that_started_it():
@@ -197,7 +199,7 @@ def test_it_ends_with_the_process_that_started_it():
     process = start(code, pass_fds=[writing])
     os.close(writing)
     assert os.read(reading, 7) == b"started"
-    process.kill()
+    process.kill()  # what it was started by; it goes with that
     assert select.select([reading], [], [], 60)[0], "it goes on"
     assert os.read(reading, 1) == b""
     process.wait()
@@ -228,18 +230,27 @@ def test_the_lessons_that_a_wheel_carries_are_covered(tmp_path, monkeypatch):
 
 
 def test_an_environment_anywhere_shows_no_more_than_what_runs_python(tmp_path, monkeypatch):
-    """It lies in /tmp here, where the scratch folder is, too."""
-    folder = tmp_path / "deep" / "environment"
-    venv.create(folder, symlinks=True)
-    (folder / "share" / "nbgrader").mkdir(parents=True)
-    (folder / "etc" / "jupyter").mkdir(parents=True)
-    shutil.move(folder, tmp_path / "real")
-    folder.symlink_to(tmp_path / "real")
+    """It lies in /tmp here, where the scratch folder is, too, behind a link, and its Python is the
+    last of several links.
+    """
+    folder, real, hop = tmp_path / "deep" / "environment", tmp_path / "real", tmp_path / "hop"
+    venv.create(real, symlinks=True)
+    (real / "share" / "nbgrader").mkdir(parents=True)
+    (real / "etc" / "jupyter").mkdir(parents=True)
+    folder.parent.mkdir()
+    folder.symlink_to(real)
+    hop.symlink_to(os.path.realpath(sys.executable))
+    (real / "bin" / "python").unlink()
+    (real / "bin" / "python").symlink_to(hop)
     monkeypatch.setattr(sys, "prefix", str(folder))
     monkeypatch.setattr(sys, "executable", str(folder / "bin" / "python"))
-    seen = ask("import json, os, sys\nprint(json.dumps([sys.prefix, os.listdir(sys.prefix)]))")
-    assert seen[0] == str(folder)
-    assert {"bin", "lib", "pyvenv.cfg"} <= set(seen[1]) <= {"bin", "lib", "lib64", "pyvenv.cfg"}
+    prefix, *seen = ask(
+        "import json, os, sys\n"
+        f"print(json.dumps([sys.prefix, os.listdir({str(folder)!r}), os.listdir({str(real)!r})]))"
+    )
+    assert prefix == str(folder)
+    for names in seen:  # libraries are looked up at the place that was known when they were built
+        assert {"bin", "lib", "pyvenv.cfg"} <= set(names) <= {"bin", "lib", "lib64", "pyvenv.cfg"}
 
 
 def test_matplotlib_does_not_look_for_fonts_again():
