@@ -22,6 +22,7 @@ from pruning101.course.grading.sandbox import Limits
 
 HERE = Path(__file__).parent
 STANDIN = HERE / "standin_judge.py"
+REAL = "pruning101.course.grading.judge"
 posix = pytest.mark.skipif(os.name != "posix", reason="sends signals and makes named pipes")
 MINUTE = 60
 
@@ -89,16 +90,18 @@ def files(out):
     return {path.relative_to(out): path.read_bytes() for path in paths}
 
 
-def begin(folder, out):
-    """The command in a process group of its own, and the id of the judge that waits for ever."""
+def begin(folder, out, judge=None):
+    """The command in a process group of its own, and the open pipe `waiting`, to which the judge
+    that waits for ever, or what it started, has written.
+    """
     os.mkfifo(folder.parent / "waiting")
     script = (
         "import sys; from pathlib import Path; from pruning101.course.grading import grade\n"
-        "grade.JUDGE = [sys.executable, *sys.argv[1:3]]\n"
-        "folder, out = map(Path, sys.argv[3:])\n"
+        "folder, out = map(Path, sys.argv[1:3])\n"
+        "grade.JUDGE = sys.argv[3:]\n"
         "grade.grade(folder, out, jobs=1, trusted=True, progress=False)"
     )
-    arguments = [str(STANDIN), str(folder.parent), str(folder), str(out)]
+    arguments = [str(folder), str(out), *(judge or grade.JUDGE)]
     process = subprocess.Popen(
         [sys.executable, "-c", script, *arguments],
         start_new_session=True,
@@ -109,10 +112,8 @@ def begin(folder, out):
     pipe = os.open(folder.parent / "waiting", os.O_RDONLY | os.O_NONBLOCK)
     ready, _, _ = select.select([pipe, process.stderr], [], [], 2 * MINUTE)
     assert ready == [pipe], "no judge came to the submission that waits"
-    judge = int(os.read(pipe, 100))
-    os.close(pipe)
     (folder.parent / "waiting").unlink()
-    return process, judge
+    return process, pipe
 
 
 @posix
@@ -121,7 +122,9 @@ def test_a_command_cut_off_goes_on_and_grades_no_one_twice(folder, tmp_path, how
     for name, code in [("anna", "right"), ("ben", ""), ("chris", "right, wait"), ("dora", "right")]:
         hand_in(folder, name, code)
     out = tmp_path / "out"
-    process, judge = begin(folder, out)
+    process, pipe = begin(folder, out)
+    judge = int(os.read(pipe, 100))
+    os.close(pipe)
     os.killpg(process.pid, how)
     _, said = process.communicate(timeout=MINUTE)
     if how == signal.SIGKILL:
@@ -139,6 +142,26 @@ def test_a_command_cut_off_goes_on_and_grades_no_one_twice(folder, tmp_path, how
         files(run(folder, tmp_path / "at once"))[Path("gradebook.csv")]
         == (files(out)[Path("gradebook.csv")])
     )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_command_that_is_killed_leaves_nothing_behind(folder, tmp_path):
+    """The real judge, and an endless loop that nothing confines."""
+    notebook = blank()
+    by_id(notebook)["ex-07-1"].source = (
+        f"pipe = open({str(tmp_path / 'waiting')!r}, 'w')\n"
+        "print('here', file=pipe, flush=True)\n"
+        "while True:\n    pass"
+    )
+    nbformat.write(notebook, folder / "anna.ipynb")
+    process, pipe = begin(folder, tmp_path / "out", [sys.executable, "-m", REAL])
+    assert os.read(pipe, 100) == b"here\n"
+    process.kill()
+    process.communicate(timeout=MINUTE)
+    assert select.select([pipe], [], [], MINUTE / 2)[0] == [pipe], "it still runs"
+    assert os.read(pipe, 100) == b"", "the pipe is closed: its process has ended"
+    os.close(pipe)
 
 
 @posix
@@ -368,29 +391,42 @@ def handed_in_to_nbgrader():
 
 
 @pytest.mark.slow
-def test_points_are_those_of_nbgrader(built, tmp_path, monkeypatch):
+def test_points_are_those_of_nbgrader(course, tmp_path, monkeypatch):
     from nbgrader.apps import NbGraderAPI
     from traitlets.config import Config
 
+    # nbgrader runs whole notebooks: without the cells that no exercise needs it is done sooner.
+    root = shutil.copytree(course, tmp_path / "course")
+    monkeypatch.setenv("PRUNING101_MATERIAL", str(root))
+    lesson = material.find("tiny", root)
+    whole = nbformat.read(lesson.notebook, as_version=4)
+    whole.cells = [
+        cell
+        for cell in whole.cells
+        if cell.cell_type == "markdown"
+        or "nbgrader" in cell.metadata
+        or "setup" in cell.metadata.get("tags", [])
+    ]
+    nbformat.write(whole, lesson.notebook)
     notebooks = handed_in_to_nbgrader()
-    course = tmp_path / "nbgrader"
-    source = course / "source" / "week" / "07_tiny.ipynb"
-    source.parent.mkdir(parents=True)
-    shutil.copy(built / "notebooks" / "07_tiny.ipynb", source)
+    theirs_root = tmp_path / "nbgrader"
+    places = {name: theirs_root / "submitted" / name / "week" for name in notebooks}
+    for place in (theirs_root / "source" / "week", *places.values()):
+        place.mkdir(parents=True)
+    nbformat.write(whole, theirs_root / "source" / "week" / "07_tiny.ipynb")
     for name, notebook in notebooks.items():
-        path = course / "submitted" / name / "week" / "07_tiny.ipynb"
-        path.parent.mkdir(parents=True)
-        nbformat.write(notebook, path)
+        nbformat.write(notebook, places[name] / "07_tiny.ipynb")
     # Our command reads nbgrader's own folder of submissions.
     out = tmp_path / "out"
-    grade.grade(course / "submitted", out, trusted=sandbox.missing() is not None, progress=False)
+    unconfined = sandbox.missing() is not None
+    grade.grade(theirs_root / "submitted", out, trusted=unconfined, progress=False)
     ours = {row["student"]: row for row in rows(out)}
 
     monkeypatch.setenv(
         "PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     )
     config = Config()
-    config.CourseDirectory.root = str(course)
+    config.CourseDirectory.root = str(theirs_root)
     api = NbGraderAPI(config=config)
     assert api.generate_assignment("week")["success"]
     for name in notebooks:

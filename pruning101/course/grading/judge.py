@@ -313,6 +313,7 @@ def _silently() -> Iterator[None]:
 
 def main() -> None:
     """Judge the job on stdin."""
+    sandbox.end_with_parent()
     job = json.load(sys.stdin)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]

@@ -64,6 +64,7 @@ def _is_pythons(kind: type) -> bool:
 
 def main(number: int) -> None:
     """Serve the judge at the other end of the socket until it hangs up."""
+    sandbox.end_with_parent()
     sys.modules["__main__"] = types.ModuleType("__main__")
     worker = Worker()
     peer = Peer(
