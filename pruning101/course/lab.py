@@ -69,6 +69,8 @@ def arguments(served: Path, port: int, scratch: Path) -> list[str]:
         "--ServerApp.open_browser=False",
         "--ServerApp.answer_yes=True",  # Ctrl-C stops it without a question
         f"--ServerApp.tornado_settings={quiet}",
+        # No question on closing whether to save what nobody changed.
+        "--ServerApp.contents_manager_class=pruning101.course.contents.Contents",
         "--LabApp.news_url=None",
         "--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate",
         "--LabApp.extension_manager=readonly",

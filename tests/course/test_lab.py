@@ -1,5 +1,6 @@
 """`pruning101 lab`: the right place, nothing that asks, and no learner's file overwritten."""
 
+import json
 import re
 import socket
 import subprocess
@@ -8,7 +9,7 @@ import urllib.request
 
 import pytest
 
-from pruning101.course import lab
+from pruning101.course import build, contents, lab
 
 
 def test_copy_adds_what_lacks_and_overwrites_nothing(tmp_path):
@@ -45,6 +46,20 @@ def test_without_a_display_no_browser_is_opened(monkeypatch):
     assert lab._has_display()
 
 
+def test_a_notebook_is_opened_as_its_kernel_describes_it():
+    metadata = {**build.KERNEL, "kept": 1}
+    contents.describe(metadata)
+    assert metadata["kernelspec"]["name"] == "python3"
+    assert metadata["kernelspec"]["display_name"]
+    assert metadata["language_info"]["version"] == sys.version.split()[0]
+    assert metadata["kept"] == 1
+    other = {"kernelspec": {"name": "ir"}}
+    contents.describe(other)
+    assert other == {"kernelspec": {"name": "ir"}}
+    contents.describe(other := {})
+    assert other == {}
+
+
 @pytest.mark.slow
 def test_lab_prints_an_address_that_opens_the_index(built, tmp_path, serve):
     address = serve()
@@ -59,6 +74,12 @@ def test_lab_prints_an_address_that_opens_the_index(built, tmp_path, serve):
     query = address.split("/lab/tree")[0] + "/api/contents/notebooks?token=" + address.split("=")[1]
     with urllib.request.urlopen(query, timeout=30) as listing:
         assert b"07_tiny.ipynb" in listing.read()
+    before = (built / "notebooks" / "07_tiny.ipynb").read_bytes()
+    lesson = query.replace("?", "/07_tiny.ipynb?")
+    with urllib.request.urlopen(lesson, timeout=30) as opened:
+        metadata = json.load(opened)["content"]["metadata"]
+    assert metadata["language_info"]["version"] == sys.version.split()[0]
+    assert (built / "notebooks" / "07_tiny.ipynb").read_bytes() == before
 
 
 @pytest.mark.slow
