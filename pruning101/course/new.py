@@ -28,10 +28,6 @@ def new(topic: str, root: Path) -> list[Path]:
             f"A topic is the name of a Python module, in small letters, digits and underscores: "
             f"{near if usable else 'token_folding'!r}, not {topic!r}."
         )
-    if not ((root / "pyproject.toml").is_file() and (root / "tests" / "course").is_dir()):
-        raise FileNotFoundError(
-            f"{root} is no checkout of the course: a lesson is added in a clone of the repository."
-        )
     number = max((int(lesson.number) for lesson in lessons(root)), default=0) + 1
     name = f"{number:02d}_{topic}"
     files = {
@@ -41,6 +37,10 @@ def new(topic: str, root: Path) -> list[Path]:
         f"tests/test_{topic}.py": "test",
         f"tests/course/mutations/{name}.py": "mutations",
     }
+    if not all((root / path).parent.is_dir() for path in files):
+        raise FileNotFoundError(
+            f"{root} is no checkout of the course: a lesson is added in a clone of the repository."
+        )
     taken = [root / path for path in files if (root / path).exists()]
     others = [root / "pruning101" / topic, root / "lessons" / f"{topic}.py"]
     taken += [path for path in others if path.exists()]

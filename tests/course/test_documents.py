@@ -118,15 +118,16 @@ def _row(lesson):
         words = f"{hard} {minutes} min"
         cells.append(f"{f'**{words}**' if core else words}, {coded[number]} p")
     total = sum(coded.values()) + written
+    anchor = slug(f"Lesson {int(lesson.number)}: {head.title}")
     return (
-        f"| [{int(lesson.number)}](#lesson-{int(lesson.number)}) | {head.reading} min"
+        f"| [{int(lesson.number)}](#{anchor}) | {head.reading} min"
         f" | {head.compute} | {' | '.join(cells)} | {written} p | {total} |"
     )
 
 
 def section(lesson):
     """The guide's section on a lesson."""
-    parts = re.split(r"^(?=## |\(lesson-\d+\)=)", GUIDE.read_text(), flags=re.MULTILINE)
+    parts = re.split(r"^(?=## )", GUIDE.read_text(), flags=re.MULTILINE)
     wanted = f"## Lesson {int(lesson.number)}: {title(lesson)}\n"
     found = [part for part in parts if part.startswith(wanted)]
     assert len(found) == 1, f"book/instructor.md has no section {wanted!r}"
@@ -251,9 +252,12 @@ def test_relative_links_lead_somewhere(document):
 
 
 def anchors(text):
-    heads = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    plain = [re.sub(r"[^\w -]", "", head.lower()).strip().replace(" ", "-") for head in heads]
-    return {*plain, *re.findall(r"^\(([\w-]+)\)=$", text, re.MULTILINE)}
+    return {slug(head) for head in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+
+
+def slug(head):
+    """The anchor of a heading, as GitHub and the book make it."""
+    return re.sub(r"[^\w -]", "", head.lower()).strip().replace(" ", "-")
 
 
 # --- citation, changelog, licence ---------------------------------------------------------------

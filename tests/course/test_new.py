@@ -120,8 +120,10 @@ def test_without_a_checkout_it_says_so(tree, capsys):
     assert files(tree) == ["lessons/07_tiny.py", "lessons/index.py"]
 
 
-def test_where_one_file_cannot_be_written_none_is_left(checkout):
-    shutil.rmtree(checkout / "tests" / "course" / "mutations")
+def test_where_one_file_cannot_be_written_none_is_left(checkout, monkeypatch, tmp_path):
+    skeleton = shutil.copytree(begin.SKELETON, tmp_path / "skeleton")
+    (skeleton / "mutations.txt").unlink()  # the last of the five
+    monkeypatch.setattr(begin, "SKELETON", skeleton)
     before = files(checkout)
     with pytest.raises(OSError, match="mutations"):
         begin.new("token_folding", checkout)
