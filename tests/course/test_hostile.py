@@ -94,7 +94,6 @@ ENDLESS = {
                 sys.stdout.write("x" * 2**20)
                 sys.stderr.write("x" * 2**20)
         """,
-    "a result": "def answer():\n    while True: yield 7",
 }
 FORGER = """
 import json, os, stat, struct
@@ -342,6 +341,14 @@ def test_threads_without_end():
             """
         )
     )
+
+
+@pytest.mark.slow
+def test_a_result_that_never_ends():
+    """Each number comes in time, and the check would ask for ever."""
+    cell = "def answer():\n    while True: yield 7"
+    said = refused(judged(cell, check="assert sum(answer()) == 7"))
+    assert "longer than 3 seconds" in said
 
 
 @pytest.mark.slow
