@@ -351,6 +351,20 @@ def test_a_result_that_never_ends():
     assert "longer than 3 seconds" in said
 
 
+def test_a_modules_name_is_not_run_as_code(tmp_path):
+    """torch.fx writes the names of a module's parts into a program; the check here asks for it."""
+    written = str(tmp_path / "written").replace(".", "")
+    cell = f"""
+def answer():
+    net = torch.nn.Sequential()
+    net._modules = {{'training"),open("{written}","w"),str("': torch.nn.Identity()}}
+    return net
+"""
+    check = "torch.fx.symbolic_trace(answer())(torch.zeros(1))"
+    refused(judged(cell, check=check))
+    assert not os.path.exists(written)
+
+
 @pytest.mark.slow
 def test_what_is_left_behind_changes_nothing_later():
     """Threads, finalizers and exit handlers of a cell, while honest functions are asked."""

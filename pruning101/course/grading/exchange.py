@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import packing
 from .channel import ExchangeError
@@ -82,6 +82,9 @@ class Exchange:
                 self._drop(-key)
             with torch.inference_mode(False), torch.no_grad():
                 unpacker = packing.Unpacker(self, header["objects"], buffers)
+            for _, one in self._shared():
+                if isinstance(one, nn.Module):
+                    packing.check_names(one)
             value = unpacker.value(header["value"])
             graph = unpacker.value(header["graph"]) if "graph" in header else None
         except packing.BROKEN as error:

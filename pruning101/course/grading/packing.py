@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -327,6 +327,22 @@ class Unpacker:
         if there.is_leaf and there.requires_grad != requires_grad:
             there.requires_grad_(requires_grad)
         return there
+
+
+def check_names(module: nn.Module) -> None:
+    """Refuse a module that holds something under a name which could be read as code: torch.fx
+    writes the names of what it traces into a program, quoted, and runs that.
+    """
+    names = list(vars(module))
+    for holder in ("_modules", "_parameters", "_buffers"):
+        held = vars(module).get(holder, {})
+        if type(held) not in (dict, OrderedDict):
+            raise ExchangeError(f"a module's {holder} is no dict")
+        names += held
+    if not all(type(name) is str and name.isprintable() for name in names):
+        raise ExchangeError("a module holds something under a name that is no text")
+    if any(mark in name for name in names for mark in "\"'\\"):
+        raise ExchangeError("a module holds something under a name with a quotation mark in it")
 
 
 def _same_type(one: Any, kind: type) -> Any:
