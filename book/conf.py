@@ -29,6 +29,7 @@ myst_heading_anchors = 3
 # The library.
 autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
+viewcode_follow_imported_members = False  # a source links to the page of its own module
 default_role = "py:obj"
 maximum_signature_line_length = 120
 napoleon_numpy_docstring = False
@@ -41,6 +42,7 @@ html_theme = "sphinx_book_theme"
 html_title = "pruning101"
 html_static_path = ["_static"]
 html_css_files = ["book.css"]
+html_show_search_summary = False  # summaries are fetched, which pages opened from a disk may not do
 html_context = {"default_mode": "auto"}
 _home = links.home(Path(__file__).parent)  # the setting in pyproject.toml, which lies beside this
 html_theme_options = {
