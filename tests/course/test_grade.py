@@ -352,7 +352,7 @@ HEAD = "def keep_largest(values, k):\n"
 
 
 def handed_in_to_nbgrader():
-    """Ten notebooks by student, and in words where nbgrader by design says something else."""
+    """Notebooks by what was done to them."""
 
     def exercise(source):
         notebook = blank()
@@ -371,6 +371,11 @@ def handed_in_to_nbgrader():
     right = HEAD + SOLUTION
     helper = "def in_falling_order(values):\n    return np.sort(values)[::-1]\n"
     uses = HEAD + "    return in_falling_order(values)[:k]\n"
+    forged = (
+        "class Same:\n    def __eq__(self, other):\n        return True\n\n"
+        "    def tolist(self):\n        return self\n\n\n"
+        "def len(values):\n    return Same()\n\n\n" + HEAD + "    return Same()\n"
+    )
     tampered = exercise(HEAD + "    return []\n")
     for check in ("ex-07-1-check-a", "ex-07-1-check-b"):
         by_id(tampered)[check].source = "pass"
@@ -387,6 +392,7 @@ def handed_in_to_nbgrader():
         "extra": with_cell(exercise(uses), helper, before="ex-07-1"),
         "split": with_cell(exercise(helper), uses, before="ex-07-1-check-a"),
         "tampered": tampered,
+        "forged": exercise(forged),
     }
 
 
@@ -440,5 +446,11 @@ def test_points_are_those_of_nbgrader(course, tmp_path, monkeypatch):
     scores = {
         name: [grades[check].auto_score for check in checks] for name, grades in theirs.items()
     }
-    print(scores, {name: [ours[name][c] for c in checks] for name in notebooks})
-    assert {name: [float(ours[name][c]) for c in checks] for name in notebooks} == scores
+    found = {name: [float(ours[name][check]) for check in checks] for name in notebooks}
+    assert scores.pop("forged") == [1, 2], "nbgrader's checks run beside the student's code"
+    assert found.pop("forged") == [0, 0], "ours do not"
+    assert found == scores
+    by_hand = {name: book["ex-07-open"].needs_manual_grade for name, book in theirs.items()}
+    column = "ex-07-open (by hand, of 1)"
+    assert {name: ours[name][column] == "" for name in notebooks} == by_hand
+    assert sum(by_hand.values()) == 1

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
@@ -96,45 +96,27 @@ def grade(
     if not (out / MARK).exists():
         write_json(out / MARK, {"gradebook": None})
 
-    failures: dict[str, str] = {}
-    bar = tqdm(
+    def work_on(submission: Submission, judges: "_Judges") -> None:
+        one = plans[str(submission.lesson)]
+        work = overlay.overlay(one, submissions.read(submission))
+        job = _job(one, work, limits=limits, trusted=trusted)
+        content = {
+            "bound": bounds[submission.key],
+            "remarks": work.remarks,
+            "answers": work.answers,
+            # The judge itself ends what takes too long in all: this is for one that hangs.
+            "outcomes": judges.outcomes(job, seconds=300 + 12 * limits.seconds),
+        }
+        write_json(_path(out, submission), content)
+
+    with tqdm(
         total=len(bounds),
         initial=len(bounds) - len(todo),
         desc="graded",
         unit="submission",
         disable=not progress,
-    )
-    # Left in this order: first the judges end, then the threads that wait for them.
-    with bar, ThreadPoolExecutor(jobs) as pool, _Judges() as judges:
-
-        def work_on(submission: Submission) -> None:
-            one = plans[str(submission.lesson)]
-            work = overlay.overlay(one, submissions.read(submission))
-            job = _job(one, work, limits=limits, trusted=trusted)
-            content = {
-                "bound": bounds[submission.key],
-                "remarks": work.remarks,
-                "answers": work.answers,
-                # The judge itself ends what takes too long in all: this is for one that hangs.
-                "outcomes": judges.outcomes(job, seconds=300 + 12 * limits.seconds),
-            }
-            write_json(_path(out, submission), content)
-
-        running = {pool.submit(work_on, submission): submission for submission in todo}
-        try:
-            for future in as_completed(running):
-                submission, error = running[future], future.exception()
-                if error is not None:
-                    # Whatever a notebook brings about, the others go on, and the report says so.
-                    failures[submission.key] = (
-                        f"It could not be graded ({error}): run the same command again, or grade "
-                        "it by hand."
-                    )
-                    said = error.said if isinstance(error, JudgeFailed) else type(error).__name__
-                    bar.write(f"{submission.source!r}: {error}. {said}", file=sys.stderr)
-                bar.update()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # where Ctrl-C cut the loop off
+    ) as bar:
+        failures = _each(todo, work_on, jobs=jobs, bar=bar)
 
     _move_edited(out)
     report.write(out, plans, _results(found, out, bounds, failures))
@@ -159,6 +141,35 @@ def _refuse(folder: Path, out: Path, *, jobs: int, trusted: bool) -> None:
         raise ValueError(f"{jobs} jobs grade nothing; name 1 or more with --jobs.")
     if not trusted and (why := sandbox.missing()):
         raise ValueError(why)
+
+
+def _each(
+    todo: Sequence[Submission],
+    work_on: Callable[[Submission, "_Judges"], None],
+    *,
+    jobs: int,
+    bar: "tqdm[Any]",
+) -> dict[str, str]:
+    """Do the work on each submission, `jobs` at a time; return a sentence for each that failed."""
+    failures = {}
+    # Left in this order: first the judges end, then the threads that wait for them.
+    with ThreadPoolExecutor(jobs) as pool, _Judges() as judges:
+        running = {pool.submit(work_on, submission, judges): submission for submission in todo}
+        try:
+            for future in as_completed(running):
+                submission, error = running[future], future.exception()
+                if error is not None:
+                    # Whatever a notebook brings about, the others go on, and the report says so.
+                    failures[submission.key] = (
+                        f"It could not be graded ({str(error)[:200]}): run the same command "
+                        "again, or grade it by hand."
+                    )
+                    said = error.said if isinstance(error, JudgeFailed) else type(error).__name__
+                    bar.write(f"{submission.source!r}: {error}. {said}", file=sys.stderr)
+                bar.update()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # where Ctrl-C cut the loop off
+    return failures
 
 
 def _job(
