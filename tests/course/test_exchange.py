@@ -269,6 +269,13 @@ def test_what_is_too_deep_or_too_large_is_not_sent_and_nothing_is_lost(monkeypat
 
 # --- hostile messages ----------------------------------------------------------------------------
 
+LINEAR = ["torch.nn.modules.linear", "Linear"]
+POSITION = json.dumps(  # what is read lies far behind the 624 numbers
+    {
+        "bit_generator": "MT19937",
+        "state": {"key": {"array": [1] * 624, "of": "<u4"}, "pos": 10**6},
+    }
+)
 T = ["Tensor", "float32", [2], [1], 0, False, None]
 
 
@@ -325,6 +332,10 @@ def test_the_message_that_the_hostile_ones_are_made_from_is_taken():
         (None, [[1, -1, "object", "torch.fx.graph_module", "GraphModule"]]),
         (None, [[1, -1, "object", "torch.nn.modules.linear", "Linear", "odd"]]),
         (None, [[1, -1, "object", "torch.nn.modules.linear", "Linear", 1, 2]]),
+        (None, [[1, -1, "object", *LINEAR, "__reduce_ex__", 1]]),
+        (None, [[1, -1, "object", *LINEAR, "_modules", ["is", -2]]]),
+        (None, [[1, -1, "object", *LINEAR, "_modules", ["is", 2]], [2, -1, "dict", 'a"b', 1]]),
+        (None, [[1, -1, "object", *LINEAR, "a\\b", 1]]),
         (None, [[1, -1, "no such kind"]]),
         (None, [[1, -1]]),
         (None, [1]),
@@ -349,6 +360,7 @@ def test_the_message_that_the_hostile_ones_are_made_from_is_taken():
         (None, [[1, 0, "array", "<f8,<f8", [1]]]),
         (None, [[1, -1, "torch generator", "00"]]),
         (None, [[1, -1, "numpy generator", "PCG64", "{}"]]),
+        (None, [[1, -1, "numpy generator", "MT19937", POSITION]]),
         (None, [[1, -1, "numpy generator", "MT19937", "[1"]]),
         (None, [[1, -1, "dict", 1]]),
         (None, [[1, -1, "dict", ["is", 1], 1]]),

@@ -31,10 +31,8 @@ CONTAINERS = {
 }
 BIT_GENERATORS = {
     kind.__name__: kind
-    for kind in (
-        *(np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937),
-        *(np.random.Philox, np.random.SFC64),
-    )
+    # Not those whose state holds a position in a buffer: NumPy reads there without looking.
+    for kind in (np.random.PCG64, np.random.PCG64DXSM, np.random.SFC64)
 }
 ARRAYS = re.compile(r"[<>=|]([biufc][1248]|c16|f16|c32|[US]\d{1,6})")
 # Where a class may come from whose instances are plain data.

@@ -269,8 +269,9 @@ class Unpacker:
             one.bit_generator.state = _from_text(content[1])
         elif kind == "object":
             pairs = dict(self._pairs(content[2:]))
-            if not all(type(name) is str for name in pairs):
-                raise ExchangeError("an attribute's name is no text")
+            # Python looks up some of its own on the object, __reduce_ex__ among them for a copy.
+            if not all(type(name) is str and not name.startswith("__") for name in pairs):
+                raise ExchangeError("an attribute's name is no text, or one of Python's own")
             vars(one).clear()
             vars(one).update(pairs)
         elif kind == "list":
