@@ -115,13 +115,13 @@ def _row(lesson):
             cells.append("")
             continue
         hard, minutes, core = told[number]
-        words = f"{hard} {minutes} min"
-        cells.append(f"{f'**{words}**' if core else words}, {coded[number]} p")
+        mark = "**" if core else ""
+        cells.append(f"{mark}{hard}{mark}, {minutes} min, {coded[number]} p")
     total = sum(coded.values()) + written
     anchor = slug(f"Lesson {int(lesson.number)}: {head.title}")
     return (
         f"| [{int(lesson.number)}](#{anchor}) | {head.reading} min"
-        f" | {head.compute} | {' | '.join(cells)} | {written} p | {total} |"
+        f" | {head.compute} | {' | '.join(cells)} | {total}, {written} in words |"
     )
 
 
