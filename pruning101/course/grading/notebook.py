@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from ..material import Lesson
-from .plan import Plan, plan
+from .plan import Plan
 from .source import LONGEST, defines
 
 LARGEST = 20_000_000  # bytes of a file
@@ -135,11 +134,6 @@ def is_called(name: str, lesson: str) -> bool:
     name, topic = name.lower().replace("-", "_"), lesson.partition("_")[2]
     number = str(int(lesson[:2]))
     return topic in name or re.fullmatch(rf"(?:lesson|week)?[ _]*0?{number}", name) is not None
-
-
-def plans_of(lessons: Sequence[Lesson]) -> list[Plan]:
-    """The plan of each lesson."""
-    return [plan(lesson) for lesson in lessons]
 
 
 def _json(content: bytes) -> Any:

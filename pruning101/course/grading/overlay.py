@@ -12,7 +12,7 @@ from typing import Any
 
 from ..execute import first_line
 from .plan import Check, Exercise, Given, Plan, Written, plan
-from .source import defined, defines, imports, parsed, plain, used
+from .source import defined, defines, look, used
 
 __all__ = [
     "Check",
@@ -70,14 +70,13 @@ def overlay(plan: Plan, notebook: Any) -> Work:
         name = _name(plan, role) if role else ""
         same = role is not None and _squeezed(source) == _squeezed(role.source)
         if role is None:
-            tree = parsed(source)
-            if is_code and (tree is None or tree.body):
+            if is_code and not look(source).is_empty:
                 label = f"the extra cell that begins `{first_line(source)[:40]}`"
                 _add(parts, source, None, label, notes)
         elif role.role == "exercise":
             if not is_code:
                 kind = "Markdown" if cell.cell_type == "markdown" else "raw text"
-                if parsed(plain(source)[0]) is None:
+                if not look(source).is_python and not look(source).anew:
                     _note(notes, f"turned into {kind} and no Python, so it did not run", name)
                     continue
                 _note(notes, f"turned into {kind}; its text ran as code", name)
@@ -90,7 +89,8 @@ def overlay(plan: Plan, notebook: Any) -> Work:
             stands[role.grade_id] = len(parts)
         elif role.role == "setup" and not same:
             _note(notes, "changed; the original was used", "the set-up")
-            added = [line for line in imports(source) if line not in imports(role.source)]
+            old = look(role.source).imports
+            added = [line for line in look(source).imports if line not in old]
             if added:
                 _note(notes, "run all the same", "the imports that were added to the set-up")
                 _add(parts, "\n".join(added), None, "the imports added to the set-up", notes)
@@ -153,7 +153,7 @@ def _recognised(plan: Plan, cells: list[Any]) -> tuple[list[Given | None], list[
         text, role, how = _squeezed(cell.source), None, ""
         ids = [cell.get("id"), cell.metadata.get("id")]
         cell_id = next((i for i in ids if isinstance(i, str) and i in by_cell), "")
-        looks_like_code = cell.cell_type == "code" or parsed(cell.source) is not None
+        looks_like_code = cell.cell_type == "code" or look(cell.source).is_python
         names = defines(cell.source, exercise_of) if looks_like_code else set()
         if text and text in by_text:
             role, how = by_text[text], "by its text"
@@ -239,9 +239,8 @@ def _answers(
 def _add(
     parts: list[Part], source: str, exercise: str | None, label: str, notes: dict[str, list[str]]
 ) -> None:
-    source, left_out = plain(source)
-    if left_out:
-        _note(notes, "run without its lines for IPython only (magics, shell commands)", label)
+    if look(source).for_ipython:
+        _note(notes, "lines for IPython only (magics, shell commands) do nothing in grading", label)
     parts.append(Part(source, exercise, label))
 
 
@@ -260,7 +259,8 @@ def _of_the_lesson(plan: Plan, parts: list[Part]) -> list[str]:
     """A remark on names that exercises use and that only the lesson's own cells define."""
     lesson = {name for x in plan.given if x.role == "lesson" for name in defined(x.source)}
     others = [*plan.setup, *(part.source for part in parts)]
-    missing = lesson - {name for source in others for name in defined(source)}
+    bound = {name for x in others for name in (*look(x).names, *look(x).imported)}
+    missing = lesson - bound
     remarks = []
     for part in parts:
         names = sorted(used(part.source) & missing) if part.exercise else []

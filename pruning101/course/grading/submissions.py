@@ -30,8 +30,8 @@ from typing import IO, Any
 
 from ..material import Lesson
 from . import archives
-from .notebook import content_of, is_called, kind_of, lesson_of, opened, plans_of, slim
-from .plan import Plan
+from .notebook import content_of, is_called, kind_of, lesson_of, opened, slim
+from .plan import Plan, plan
 
 MOST_FILES = 50_000
 DEEPEST = 20  # folders in folders
@@ -98,7 +98,7 @@ def find(folder: Path, lessons: Sequence[Lesson]) -> list[Submission]:
     """
     if not folder.is_dir():
         raise ValueError(f"There is no folder {str(folder)!r}: name the one with the submissions.")
-    plans = plans_of(lessons)
+    plans = [plan(lesson) for lesson in lessons]
     made: list[tuple[str, Submission]] = []
     others: dict[str, list[_Found]] = {}
     for number, found in enumerate(_files(folder, [lesson.name for lesson in lessons])):
