@@ -5,6 +5,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from pruning101.course import build, material
 
 TINY = Path(__file__).parent / "tiny" / "lessons"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -69,3 +72,62 @@ def serve(tmp_path):
         process.terminate()
         process.wait(timeout=60)
         process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """The wheel built from the tree."""
+    # Built from a copy: what the build leaves behind must not land in the tree.
+    copy = tmp_path_factory.mktemp("source") / "pruning101"
+    skip = shutil.ignore_patterns(
+        ".git", ".venv", "venv", "dist", "build", "runs", ".*_cache", "__pycache__"
+    )
+    shutil.copytree(ROOT, copy, ignore=skip)
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out)]
+    done = subprocess.run([*command, str(copy)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(out.glob("*.whl"))
+
+
+def empty_environment(home, packages):
+    """Make an environment at `home` that sees the packages of the folders `packages`."""
+    venv.create(home, with_pip=False)
+    python = home / "bin" / "python"
+    site = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    # A .pth line adds a folder, but reads none of the .pth files in it: this tree stays out.
+    (Path(site) / "shared.pth").write_text("".join(f"{folder}\n" for folder in packages))
+    return python
+
+
+@pytest.fixture(scope="session")
+def clean(wheel, tmp_path_factory):
+    """The bin folder of an environment of the wheel and this one's packages, but not this tree."""
+    shared = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    python = empty_environment(tmp_path_factory.mktemp("clean") / "venv", shared)
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps"]
+    # Or it would find the package installed already, editable, among those it shares.
+    install += ["--ignore-installed"]
+    done = subprocess.run([*install, "--no-index", str(wheel)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return python.parent
+
+
+@pytest.fixture(scope="session")
+def colab(wheel, tmp_path_factory):
+    """The python of an environment like Colab's: all packages that a lesson uses, the course itself
+    excepted. Pip there installs from the folder of the wheel.
+    """
+    folder = tmp_path_factory.mktemp("colab")
+    (folder / "dist-packages").mkdir()
+    for shared in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        for entry in Path(shared).iterdir():
+            ours = entry.name.lower().startswith(("pruning101", "_editable", "__editable"))
+            if not ours and entry.suffix != ".pth":
+                (folder / "dist-packages" / entry.name).symlink_to(entry)
+    return empty_environment(folder / "venv", [folder / "dist-packages"])

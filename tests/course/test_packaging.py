@@ -5,11 +5,7 @@ course.
 import json
 import os
 import re
-import shutil
 import subprocess
-import sys
-import sysconfig
-import venv
 import zipfile
 from pathlib import Path
 
@@ -27,51 +23,6 @@ for name in names:
         importlib.import_module(name)
 print(json.dumps([pruning101.__file__, str(material.material()), names]))
 """
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    # Built from a copy: what the build leaves behind must not land in the tree.
-    copy = tmp_path_factory.mktemp("source") / "pruning101"
-    skip = shutil.ignore_patterns(
-        ".git", ".venv", "venv", "dist", "build", "runs", ".*_cache", "__pycache__"
-    )
-    shutil.copytree(ROOT, copy, ignore=skip)
-    out = tmp_path_factory.mktemp("dist")
-    command = [
-        sys.executable,
-        "-m",
-        "build",
-        "--wheel",
-        "--no-isolation",
-        "--outdir",
-        str(out),
-        str(copy),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return next(out.glob("*.whl"))
-
-
-@pytest.fixture(scope="module")
-def clean(wheel, tmp_path_factory):
-    """The bin folder of an environment of the wheel and this one's packages, but not this tree."""
-    home = tmp_path_factory.mktemp("clean") / "venv"
-    venv.create(home, with_pip=False)
-    python = home / "bin" / "python"
-    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps"]
-    done = subprocess.run([*install, "--no-index", str(wheel)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    # A .pth line adds the folder, but reads none of the .pth files in it: this tree stays out.
-    site = subprocess.run(
-        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    shared = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    (Path(site) / "shared.pth").write_text("\n".join(shared) + "\n")
-    return home / "bin"
 
 
 def environment(**more):
