@@ -145,25 +145,27 @@ class _Bench:
         """Do something with the worker. What was wrong comes back in words, and whether the worker
         has outlived it.
         """
-        while self._worker is None and self._may_go_on():
+        while self._worker is None and self._starts <= RESTARTS and time.monotonic() < self._end:
             self._begin()
-        if self._worker is None or not self._may_go_on():
-            return "This did not run: all of the code together took too long.", False
-        message = None
+        if self._worker is None or time.monotonic() > self._end:
+            return (
+                "This did not run: all of the code together took too long, or ended too often."
+            ), False
+        worker = self._worker
         try:
-            with self._worker.for_seconds(self._limits.seconds), _silently():
-                action(self._worker.peer)
-        except (Disconnected, Late):
-            pass
-        except Exception as error:
+            with worker.for_seconds(self._limits.seconds), _silently():
+                action(worker.peer)
+            message = None
+        except Disconnected as error:  # of an earlier worker, say, whose generator is still used
+            message = self._loss(error.reason)
+        except Late as error:
+            message = self._loss(error)
+        except (Exception, SystemExit) as error:
             message = _sentence(error, self._names)
-        if self._worker.lost is not None:  # whatever the check made of that
-            message = self._loss(self._worker.lost)
+        if worker.lost is not None:  # whatever the check made of that
+            message = self._loss(worker.lost)
             self.close()
         return message, self._worker is not None
-
-    def _may_go_on(self) -> bool:
-        return time.monotonic() < self._end and self._starts <= RESTARTS
 
     def _loss(self, reason: BaseException) -> str:
         if isinstance(reason, TimeoutError | Late):
@@ -226,6 +228,7 @@ class _Worker:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=complaints,
+                env={**os.environ, "MPLBACKEND": "Agg"},
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
@@ -253,22 +256,25 @@ class _Worker:
         if threading.current_thread() is not threading.main_thread():
             yield  # signals reach the main thread only; the worker's answers have their deadline
             return
-        # A little later, so that a wait for the worker ends by itself.
+        # A little later, so that a wait for the worker ends by itself; and again, for an error that
+        # is raised while an object is deleted gets lost.
         before = signal.signal(signal.SIGALRM, self._on_alarm)
         signal.setitimer(signal.ITIMER_REAL, seconds + 0.5, 1.0)
         try:
             yield
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
-            self.peer.channel.deadline = math.inf
+            try:
+                self.peer.channel.deadline = math.inf
+            finally:  # even if it rings just now
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, before)
 
     def end(self) -> None:
         """Kill the process and all of its group."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        self.peer.channel.close()
+        self.peer.close()
 
     def _on_alarm(self, number: int, frame: Any) -> None:
         self._late = True
@@ -294,11 +300,16 @@ def _sentence(error: BaseException, names: Sequence[str] = ()) -> str:
         text = one_line(str(error))
     except Exception:  # of what the check made of a result
         text = ""
+    if "Remote" in text:
+        text += (
+            " (a Remote stands for what your code gave back, if that is no plain data: a function, "
+            "a generator, an object of a class of your own)"
+        )
     if isinstance(error, AssertionError):
         return text or "A test of this check failed."
     if isinstance(error, NameError) and error.name in names:
         return f"`{error.name}` is not defined: has its cell run without an error?"
-    return f"{type(error).__name__}: {text}"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 @contextlib.contextmanager

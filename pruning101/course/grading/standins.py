@@ -177,6 +177,11 @@ class Peer:
         header, value, _ = self._receive()
         self._serve(header, value)
 
+    def close(self) -> None:
+        """Hang up: whoever asks for anything more gets Disconnected."""
+        self.lost = self.lost or EOFError("The other side was left.")
+        self.channel.close()
+
     def _serve(self, header: dict[str, Any], parts: Any) -> None:
         self._depth += 1
         try:

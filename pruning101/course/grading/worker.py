@@ -7,8 +7,10 @@ check is ever sent here; what is sent are the arguments of the checks' calls.
 import builtins
 import operator
 import os
+import select
 import socket
 import sys
+import threading
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,9 +22,10 @@ from .standins import Disconnected, Peer, Told, one_line
 
 
 class Worker:
-    """What the judge may ask of the student's code; `cells` runs it."""
+    """What the judge, at the other end of `end`, may ask of the student's code."""
 
-    def __init__(self) -> None:
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = end
         self.cells = Cells(sys.modules["__main__"])
 
     def start(self, setup: Sequence[str], confined: bool, limits: Mapping[str, Any]) -> None:
@@ -36,6 +39,8 @@ class Worker:
                 os.dup2(nowhere.fileno(), number)
         if confined:
             sandbox.lock_down(sandbox.Limits(**limits))
+        else:
+            threading.Thread(target=_end_with, args=(self._socket,), daemon=True).start()
 
     def name(self, wanted: str) -> tuple[Any, ...]:
         """What a name is defined as, or nothing."""
@@ -46,7 +51,7 @@ class Worker:
         kinds = [kind.__name__ for kind in type(error).__mro__ if _is_pythons(kind)]
         name = kinds[0] if kinds else type(error).__name__
         try:
-            text = str(error)
+            text = str(error.msg if isinstance(error, SyntaxError) else error)
             if type(error).__name__ != name and isinstance(error, Exception):
                 text = f"{type(error).__name__}: {text}"
         except BaseException:
@@ -62,13 +67,22 @@ def _is_pythons(kind: type) -> bool:
     )
 
 
+def _end_with(judge: socket.socket) -> None:
+    """End this process with the judge's, even in the midst of a student's endless loop."""
+    hung_up = select.poll()
+    hung_up.register(judge, 0)
+    hung_up.poll()
+    os._exit(0)
+
+
 def main(number: int) -> None:
     """Serve the judge at the other end of the socket until it hangs up."""
     sandbox.end_with_parent()
     sys.modules["__main__"] = types.ModuleType("__main__")
-    worker = Worker()
+    end = socket.socket(fileno=number)
+    worker = Worker(end)
     peer = Peer(
-        Channel(socket.socket(fileno=number)),
+        Channel(end),
         actions={
             "start": worker.start,
             "run": worker.cells.run,
