@@ -482,6 +482,14 @@ def test_archives_that_are_bombs_are_not_unpacked(lessons, folder, put, tiny, mo
     assert told(found) == [("ben", TINY, "ben.zip!07_tiny.ipynb")]
 
 
+def test_names_in_archives_may_be_long_or_nothing(lessons, folder, put, tiny):
+    put("anna.zip", packed([("a_1_1" * 12_000 + ".ipynb", tiny), ("/", b""), ("..", b"x")]))
+    (submission,) = find(folder, lessons)
+    assert submission.problem is None
+    assert len(submission.source) < 250
+    assert submission.source.endswith("a_1_1.ipynb")
+
+
 def test_a_class_s_archive_may_be_large_but_not_each_student_s(
     lessons, folder, put, tiny, monkeypatch
 ):

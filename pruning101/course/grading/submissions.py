@@ -325,9 +325,11 @@ def _owner(path: tuple[str, ...], lessons: Sequence[str]) -> _Owner:
 
 
 def _parts(name: str) -> tuple[str, ...]:
-    """The parts of the name of a file in an archive, without what would lead out of it."""
+    """The parts of the name of a file in an archive, without what would lead out of it, and no part
+    longer than a file's name can be.
+    """
     parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..")]
-    return tuple(parts) or (name or "?",)
+    return tuple(p if len(p) < 256 else f"{p[:100]}...{p[-100:]}" for p in parts) or ("?",)
 
 
 def _is(name: str, *endings: str) -> bool:
