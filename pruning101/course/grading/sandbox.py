@@ -85,8 +85,9 @@ def missing() -> str | None:
         return None
     said = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
     return (
-        f"Student code cannot be confined: a trial of bubblewrap failed ({said}); allow user "
-        "namespaces on this machine or in this container, or grade with --trusted."
+        f"Student code cannot be confined: a trial of bubblewrap failed ({said}); it takes version "
+        "0.7 or newer, and user namespaces, to be allowed on this machine or in this container; or "
+        "grade with --trusted."
     )
 
 
