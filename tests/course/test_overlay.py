@@ -6,9 +6,12 @@ import nbformat
 import pytest
 from handed_in import SOLVED, at, cell, code, copied, course, handed_out, solved, text
 
+from pruning101.course import build
+from pruning101.course.assign import student
 from pruning101.course.grading import source
 from pruning101.course.grading.overlay import Check, items, overlay, plan
 from pruning101.course.material import find
+from pruning101.course.new import new
 
 
 @pytest.fixture(scope="module")
@@ -409,3 +412,23 @@ def test_source_that_no_parser_survives_harms_none(tiny, work, bomb):
     assert source.used(bomb) == set()
     work.cells.insert(0, code(bomb))
     assert [part.source for part in overlay(plan(tiny), work).parts] == [bomb, SOLVED]
+
+
+def test_a_lesson_that_was_just_begun_can_be_planned_and_solved(tmp_path):
+    for folder in ("lessons", "notebooks", "pruning101/widgets", "tests/course/mutations"):
+        (tmp_path / folder).mkdir(parents=True)
+    new("token_folding", tmp_path)
+    lesson = find("token_folding", tmp_path)
+    whole = build.pair(lesson.source.read_text(), lesson)
+    nbformat.write(whole, lesson.notebook)
+    wanted = plan(lesson)
+    assert wanted.setup
+    assert all(exercise.names and exercise.checks for exercise in wanted.exercises)
+    notebook = student(whole)
+    for ours, theirs in zip(whole.cells, notebook.cells, strict=True):
+        if ours.metadata.get("nbgrader", {}).get("solution"):
+            theirs.source = ours.source
+    done = overlay(wanted, notebook)
+    assert done.remarks == ()
+    assert {part.exercise for part in done.parts} == {x.grade_id for x in wanted.exercises}
+    assert all(done.answers.values())
