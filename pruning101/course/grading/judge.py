@@ -326,9 +326,10 @@ def main() -> None:
     """Judge the job on stdin."""
     sandbox.end_with_parent()
     job = json.load(sys.stdin)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, hard))
+    if sys.platform == "linux":  # elsewhere nothing is confined
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, hard))
     os.environ["MPLBACKEND"] = "Agg"
     items = [
         Check(**item["check"]) if "check" in item else Part(**item["part"]) for item in job["items"]
