@@ -120,8 +120,8 @@ class _Bench:
                     self._cells.run(source, "the set-up")
                 except Exception as error:
                     raise RuntimeError(f"The set-up fails: {_sentence(error)}") from error
-        self._begin()  # what cannot start is no fault of the student's
         self._end = time.monotonic() + IN_ALL * limits.seconds
+        self._begin()
 
     def run(self, part: Part) -> str | None:
         """Run a part; what was wrong, in words, or None."""
@@ -183,7 +183,9 @@ class _Bench:
         the part that brought that about is left out from then on.
         """
         self._starts += 1
+        start = time.monotonic()
         self._worker = _Worker(self._setup, self._limits, self._confined)
+        self._end += time.monotonic() - start  # the student's code takes no part in that
         for part in list(self._parts):
             self._asked("run", part.source, part.label)
             if self._worker is None:
