@@ -77,6 +77,7 @@ def page_parts(texts: Mapping[str, str], added: Path, results: Path) -> dict[str
             file = results / f"{extra['results']}.json"
             given = json.loads(file.read_text(encoding="utf-8"))
             text = filled(extra["measured"], given, f"{added.name}, {row.name}")
+            text = re.sub(r"(\d) ?%", "\\1\N{NO-BREAK SPACE}%", text)
             gave.append([row.name, f"{text} (`results/{file.name}`)"])
         calls = "<br>".join(f"{{py:obj}}`~{name}`" for name in extra.get("calls", []))
         papers = ", ".join(f"{{cite:t}}`{key}`" for key in extra.get("papers", []))

@@ -21,7 +21,7 @@ import pytest
 from test_browser import CHROMIUM, FLAGS
 
 import pruning101
-from pruning101.course import book, book_methods
+from pruning101.course import book, book_methods, cli
 from pruning101.course.build import KERNEL
 from pruning101.course.material import lessons
 
@@ -189,8 +189,9 @@ def test_the_methods_page_shows_what_the_results_hold(tmp_path):
     kept["nets"]["lenet_300_100"]["mean_test_error"]["pruned"] = 77.7777
     path.write_text(json.dumps(kept))
     after = book_methods.page_parts(recaps(), METHODS, results)["measured"]
-    assert f"{old:.2f} % after" in before
-    assert after == before.replace(f"{old:.2f} % after", "77.78 % after")
+    shown = f"{old:.2f}\N{NO-BREAK SPACE}% after"
+    assert shown in before
+    assert after == before.replace(shown, "77.78\N{NO-BREAK SPACE}% after")
 
 
 def test_the_sentences_on_methods_hold_no_typed_figures():
@@ -297,12 +298,19 @@ def test_a_missing_sphinx_is_named(tmp_path, monkeypatch):
 def test_a_fault_leaves_the_last_book_as_it_was(tree, tmp_path, monkeypatch):
     (tmp_path / "html").mkdir()
     (tmp_path / "html" / ".buildinfo").write_text("the last one")
-    failed = SimpleNamespace(returncode=1)
-    monkeypatch.setattr(book.subprocess, "run", lambda command: failed)
+    commands, failed = [], SimpleNamespace(returncode=1)
+    monkeypatch.setattr(book.subprocess, "run", lambda line: commands.append(line) or failed)
     with pytest.raises(RuntimeError, match="Sphinx found the faults"):
         book.book(tmp_path / "html", tree)
     assert [path.name for path in tmp_path.iterdir()] == ["html"]
     assert (tmp_path / "html" / ".buildinfo").read_text() == "the last one"
+    assert {"-W", "--keep-going"} <= set(commands[0]), "a warning is a fault"
+
+
+def test_the_command_prints_where_the_book_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(book, "book", lambda out: out / "index.html")
+    assert cli.main(["book", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'index.html'}\n"
 
 
 # --- the built pages ----------------------------------------------------------------------------
@@ -343,8 +351,7 @@ def test_no_page_loads_anything_from_elsewhere(html):
 def test_every_figure_is_described(html, tree):
     seen = 0
     for lesson in lessons(tree):
-        page = (html / "notebooks" / f"{lesson.name}.html",)
-        images = read(page[0]).images
+        images = read(html / "notebooks" / f"{lesson.name}.html").images
         for source, alt in images:
             assert alt, f"{lesson.name}: {source}"
             assert alt.strip() not in ("", Path(source).name, source), f"{lesson.name}: {alt}"
@@ -368,15 +375,20 @@ def test_lessons_link_to_the_reference_and_back(html, tree):
     names = {module.name.split(".")[-1]: module for module in book.modules()}
     for lesson in lessons(tree):
         topic = lesson.name.partition("_")[2]
-        for other in {topic: [topic], "added": ["structured", "sensitivity"]}.get(topic, [topic]):
+        for other in ["structured", "sensitivity"] if lesson.name == ADDED else [topic]:
             page = Path(names[other].page).with_suffix(".html")
-            there = [
-                urlsplit(link).path
-                for link in read(html / "notebooks" / f"{lesson.name}.html").links
-            ]
-            back = [urlsplit(link).path for link in read(html / page).links]
-            assert f"../{page}" in there, (lesson.name, other)
-            assert back.count(f"../../notebooks/{lesson.name}.html") > 1, "not in the sidebar alone"
+            there = read(html / "notebooks" / f"{lesson.name}.html").links
+            back = read(html / page).links
+            # More than once: the sidebar of every page has every page.
+            assert paths(there).count(f"../{page}") > 1, (lesson.name, other)
+            assert paths(back).count(f"../../notebooks/{lesson.name}.html") > 1, (
+                other,
+                lesson.name,
+            )
+
+
+def paths(links):
+    return [urlsplit(link).path for link in links]
 
 
 @pytest.mark.slow
