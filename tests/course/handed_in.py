@@ -19,7 +19,7 @@ LATER = {
     "Cutting a tiny vector": "Counting what is left",
     "ex-07": "count-11",
     "keep_largest": "left_over",
-    "## Exercise 1": "## Exercise 1: what is left",
+    "## Exercise 1": "## Exercises\n#\n# ### Exercise 1: what is left",
 }
 SECOND = """
 # %% [markdown]

@@ -139,6 +139,13 @@ def test_changed_checks_count_for_nothing(tiny, work):
     )
 
 
+def test_checks_with_their_hidden_tests_are_from_the_published_lesson(tiny):
+    done = overlay(plan(tiny), nbformat.read(tiny.notebook, as_version=4))
+    assert done.remarks == (
+        "Check 1 of exercise 1: with its hidden tests, as in the published lesson.",
+    )
+
+
 def test_copies_run_in_their_order_so_the_last_definition_counts(tiny, work):
     again = copied(cell(work, "ex-07-1"))
     again.source = "def keep_largest(values, k):\n    return 2"

@@ -5,7 +5,7 @@ from it, and set-up and checks are always the instructor's. Cells are known by t
 an editor dropped that, by their text, what they define, or their cell id. Nothing is run here.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
@@ -61,7 +61,7 @@ def overlay(plan: Plan, notebook: Any) -> Work:
     """
     cells = list(notebook.cells)
     roles, remarks = _recognised(plan, cells)
-    numbers = {exercise.grade_id: i for i, exercise in enumerate(plan.exercises, start=1)}
+    whole = {check.grade_id: check.source for x in plan.exercises for check in x.checks}
     parts: list[Part] = []
     stands: dict[str, int] = {}  # after how many parts the student has a check
     notes: dict[str, list[str]] = {}
@@ -84,6 +84,8 @@ def overlay(plan: Plan, notebook: Any) -> Work:
         elif role.role == "check":
             if role.grade_id in stands:
                 _note(notes, "there more than once; it counts once", name)
+            elif not same and _squeezed(source) == _squeezed(whole[role.grade_id]):
+                _note(notes, "with its hidden tests, as in the published lesson", name)
             elif not same or not is_code:
                 _note(notes, "changed; the original was used", name)
             stands[role.grade_id] = len(parts)
@@ -99,22 +101,7 @@ def overlay(plan: Plan, notebook: Any) -> Work:
             _note(notes, "changed; cells of the lesson do not run in grading", name)
     places = _places(plan, parts, stands)
     answers = _answers(plan, cells, roles, notes)
-    for exercise in plan.exercises:
-        name = f"exercise {numbers[exercise.grade_id]}"
-        own = [part for part in parts if part.exercise == exercise.grade_id]
-        blank = {_squeezed(x.source) for x in plan.given if x.grade_id == exercise.grade_id}
-        if own and {_squeezed(part.source) for part in own} == blank:
-            _note(notes, "left as handed out", name)
-        if not any(_belongs(part, exercise) for part in parts):
-            _note(notes, "deleted, so its checks fail", f"the cell of {name}")
-        if len(own) > 1:
-            twice = sum(bool(defines(part.source, exercise.names)) for part in own) > 1
-            how = "they ran in their order" + (", so that the last definition counts" * twice)
-            _note(notes, f"there {len(own)} times; {how}", f"the cell of {name}")
-        for check in exercise.checks:
-            if check.grade_id not in stands:
-                role = next(given for given in plan.given if given.grade_id == check.grade_id)
-                _note(notes, "deleted; the original was used", _name(plan, role))
+    _compare(plan, parts, stands, notes)
     remarks += _moved(plan, roles)
     remarks += _of_the_lesson(plan, parts)
     remarks += [_sentence(names, what) for what, names in notes.items()]
@@ -199,6 +186,28 @@ def _places(plan: Plan, parts: list[Part], stands: dict[str, int]) -> dict[str, 
 
 def _belongs(part: Part, exercise: Exercise) -> bool:
     return part.exercise == exercise.grade_id or bool(defines(part.source, exercise.names))
+
+
+def _compare(
+    plan: Plan, parts: list[Part], stands: Collection[str], notes: dict[str, list[str]]
+) -> None:
+    """Note which exercises are blank, deleted or there several times, and which checks are gone."""
+    given = {role.grade_id: role for role in plan.given}
+    for exercise in plan.exercises:
+        name = _name(plan, given[exercise.grade_id])
+        own = [part for part in parts if part.exercise == exercise.grade_id]
+        blank = _squeezed(given[exercise.grade_id].source)
+        if own and all(_squeezed(part.source) == blank for part in own):
+            _note(notes, "left as handed out", name)
+        if not any(_belongs(part, exercise) for part in parts):
+            _note(notes, "deleted, so its checks fail", f"the cell of {name}")
+        if len(own) > 1:
+            twice = sum(bool(defines(part.source, exercise.names)) for part in own) > 1
+            how = "they ran in their order" + (", so that the last definition counts" * twice)
+            _note(notes, f"there {len(own)} times; {how}", f"the cell of {name}")
+        for check in exercise.checks:
+            if check.grade_id not in stands:
+                _note(notes, "deleted; the original was used", _name(plan, given[check.grade_id]))
 
 
 def _answers(
