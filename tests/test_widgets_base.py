@@ -1,6 +1,7 @@
 """The common base of the widgets: every control reaches the drawing, and errors are seen."""
 
 import gc
+import io
 
 import ipywidgets
 import pytest
@@ -31,6 +32,13 @@ def test_moving_a_control_changes_image_and_text():
     assert text.value == "the bar is 9 high"
     control.value = 1
     assert bytes(image.value) == before
+
+
+def test_a_figure_brings_its_own_light_ground_into_a_dark_theme():
+    image = plt.imread(io.BytesIO(base.png(draw(1))))
+    corner = image[0, 0]
+    assert corner[:3].min() > 0.9
+    assert len(corner) == 3 or corner[3] == 1
 
 
 def test_figures_are_closed():

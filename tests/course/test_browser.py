@@ -146,6 +146,12 @@ def popped_up(page):
     return page.locator(".jp-Dialog, .Toastify__toast").all_inner_texts()
 
 
+def go_dark(page, screenshot):
+    page.evaluate(DARK)
+    page.locator("#jupyterlab-splash").wait_for(state="detached", timeout=MINUTE)
+    page.screenshot(path=screenshot)
+
+
 def run_and_move(browser, address, notebook, screenshot):
     """Run all of `notebook`, move its widget's first slider by keyboard and mouse; return the
     complaints.
@@ -196,8 +202,7 @@ def run_and_move(browser, address, notebook, screenshot):
     sliders = area.locator("[role=slider]").count()
     assert sliders == area.get_by_role("spinbutton").count(), "each slider has its named box"
     assert page.evaluate(FAINT) == []
-    page.evaluate(DARK)
-    page.screenshot(path=screenshot.with_suffix(".dark.png"))
+    go_dark(page, screenshot.with_suffix(".dark.png"))
     assert page.evaluate(FAINT) == [], "the dark theme is as legible"
     page.close()
     return complaints
@@ -314,8 +319,7 @@ def test_the_index_of_the_course_opens_what_it_names(browser, serve, app, tmp_pa
         files = [f"{lesson.name}.ipynb", f"exercises/{lesson.name}.ipynb"]
         assert [target.split("/notebooks/")[1] for target in targets] == files
     page.screenshot(path=tmp_path / "index.png")
-    page.evaluate(DARK)
-    page.screenshot(path=tmp_path / "index.dark.png")
+    go_dark(page, tmp_path / "index.dark.png")
     assert page.evaluate(FAINT) == []
     page.close()
     assert complaints == []
