@@ -395,6 +395,11 @@ def test_names_that_a_cell_uses():
     assert source.used("def f(:") == set()
 
 
+def test_a_parser_is_not_given_more_than_it_can_hold():
+    assert source.look("1," * 50_000).is_python
+    assert not source.look("1," * 50_001).is_python
+
+
 def test_an_empty_cell_holds_remarks_at_most():
     for told in ("", " \n", "# a remark\n"):
         assert source.look(told).is_empty
