@@ -12,6 +12,7 @@ import yaml
 
 import pruning101
 from pruning101.course import build, cli, links, material
+from pruning101.course.grading.sandbox import Limits
 
 ROOT = Path(__file__).resolve().parents[2]
 LESSONS = material.lessons(ROOT)
@@ -179,6 +180,18 @@ def test_the_guide_quotes_the_checks_of_the_lesson(lesson):
 def test_the_guide_says_of_exercises_what_the_lesson_says(lesson):
     row = overview()[lesson.name]
     assert row in GUIDE.read_text().splitlines(), f"write into book/instructor.md:\n{row}"
+
+
+def test_the_guide_names_the_limits_as_they_are():
+    text = " ".join(GUIDE.read_text().split())
+    limits = Limits()
+    for words in (
+        f"A cell or a call has {limits.seconds:g} seconds",
+        f"{limits.cpu_seconds} seconds of the processor and {limits.memory // 2**30} GiB",
+        f"{limits.file_bytes // 2**20} MiB of memory that are gone",
+        f"{limits.open_files} open files and {limits.threads} threads",
+    ):
+        assert words in text, words
 
 
 # --- what is named is there ---------------------------------------------------------------------
