@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from .execute import write
 from .material import Lesson, lessons
@@ -24,9 +25,12 @@ _COLAB = re.compile(
 _BINDER = re.compile(
     r"https://mybinder\.org/v2/gh/([\w.-]+/[\w.-]+)/([\w.-]+)\?urlpath=lab/tree/([\w./-]+)"
 )
-# A link of JupyterHub's nbgitpuller, which fetches the repository for each student.
+# A link of JupyterHub's nbgitpuller, which fetches the repository for each student into a folder of
+# its name.
 _PULL = re.compile(
-    r"repo=https%3A%2F%2Fgithub\.com%2F([\w.-]+)%2F([\w.-]+)&branch=([\w.-]+)", re.IGNORECASE
+    r"repo=https%3A%2F%2Fgithub\.com%2F([\w.-]+)%2F([\w.-]+)&branch=([\w.-]+)"
+    r"(?:(&urlpath=lab%2Ftree%2F)[\w.-]+(?=%2F))?",
+    re.IGNORECASE,
 )
 _PLAIN = re.compile(r"https://github\.com/([\w.-]+/[\w-]+(?:\.(?!git\b)[\w-]+)*)")
 # The README's badges are written `[![lesson 3 in Colab][colab]][03-colab]`, with their addresses at
@@ -189,8 +193,7 @@ def _rewritten(path: Path, text: str, root: Path, ours: set[str]) -> str:
 
     text = _COLAB.sub(lambda found: place.colab(found[3]), text)
     text = _BINDER.sub(lambda found: place.binder(found[3]), text)
-    quoted = place.url.replace(":", "%3A").replace("/", "%2F")
-    text = _PULL.sub(f"repo={quoted}&branch={place.branch}", text)
+    text = _PULL.sub(lambda found: _pull(place, found[4]), text)
     text = _PLAIN.sub(plain, text)
     return _with_badges(text, root, place) if path.name == "README.md" else text
 
@@ -202,6 +205,11 @@ def _row(lesson: Lesson) -> re.Pattern[str]:
         rf"^(\| {int(lesson.number)} \|[^\n]*?{link}[^\n]*?)(?: \|[^|\n]*\]\[colab\][^|\n]*)? \|$",
         re.MULTILINE,
     )
+
+
+def _pull(place: Home, opens: str | None) -> str:
+    start = f"repo={quote(place.url, safe='')}&branch={place.branch}"
+    return start + (opens + place.repository.split("/")[1] if opens else "")
 
 
 def _with_badges(text: str, root: Path, place: Home) -> str:

@@ -67,7 +67,8 @@ def course(built):
     (built / "book" / "guide.md").write_text(
         "`git clone https://github.com/pruning101/pruning101.git`, or\n"
         "https://hub.example.org/hub/user-redirect/git-pull"
-        "?repo=https%3A%2F%2Fgithub.com%2Fpruning101%2Fpruning101&branch=main&urlpath=lab\n"
+        "?repo=https%3A%2F%2Fgithub.com%2Fpruning101%2Fpruning101&branch=main"
+        "&urlpath=lab%2Ftree%2Fpruning101%2Fnotebooks%2Findex.ipynb\n"
     )
     assert cli.main(["links"]) == 0
     return built
@@ -146,7 +147,8 @@ def test_links_follow_the_setting_everywhere(course):
     assert "https://github.com/somebody/pruning." in readme, "another's repository stays"
     guide = (course / "book" / "guide.md").read_text()
     assert "git clone https://github.com/someone-else/pruning-2027.git`" in guide
-    assert "repo=https%3A%2F%2Fgithub.com%2Fsomeone-else%2Fpruning-2027&branch=v1.0&" in guide
+    pull = "repo=https%3A%2F%2Fgithub.com%2Fsomeone-else%2Fpruning-2027&branch=v1.0&urlpath="
+    assert f"{pull}lab%2Ftree%2Fpruning-2027%2Fnotebooks%2Findex.ipynb" in guide
     top = nbformat.read(course / "notebooks" / "07_tiny.ipynb", as_version=4).cells[0].source
     found = {opened(m[2]) for m in LINK.finditer(top)}
     assert found == wanted("07_tiny", course)
