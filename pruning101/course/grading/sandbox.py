@@ -120,7 +120,7 @@ def command(module: str, *, limits: Limits) -> list[str]:
     options += ["--proc", "/proc", "--remount-ro", "/proc"]
     options += ["--dev", "/dev", "--remount-ro", "/dev"]
     fonts = _font_cache()
-    options += ["--ro-bind", str(fonts), f"{SCRATCH}/matplotlib/{fonts.name}"]
+    options += ["--ro-bind-try", str(fonts), f"{SCRATCH}/matplotlib/{fonts.name}"]
     options += ["--remount-ro", "/", "--chdir", SCRATCH]
     for name, value in _environment().items():
         options += ["--setenv", name, value]
