@@ -171,6 +171,7 @@ def test_jobs_work_at_a_time_and_come_to_the_same(folder, tmp_path):
     one, three = run(folder, tmp_path / "one"), run(folder, tmp_path / "three", jobs=3)
     assert files(one) == files(three)
     assert len(files(one)) == 4 + 5
+    assert list(points(one)) == ["a", "b", "c", "d", "e"], "in the order of their names"
     hand_in(folder, "x", "right, meet")
     hand_in(folder, "y", "right, meet")
     os.mkfifo(tmp_path / "meeting")
