@@ -12,7 +12,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
@@ -71,6 +71,7 @@ def same(one, other):
     return one == other
 
 
+@settings(deadline=None)
 @given(plain)
 def test_plain_values_come_over_as_they_are(value):
     assert same(Pair().over(value), value)
@@ -212,6 +213,23 @@ def test_what_comes_back_is_what_was_sent_as_it_is_now():
     assert array.tolist() == [0, 5]
 
 
+def test_memory_is_changed_in_place_and_shared_as_it_is_on_the_other_side():
+    pair, base = Pair(), torch.zeros(4)
+    part, one, other = base[1:], torch.zeros(2), torch.zeros(2)
+    twin = one.view(2)
+    place = part.data_ptr()
+    part_there, one_there, twin_there, other_there = pair.over((part, one, twin, other))
+    part_there.fill_(2)
+    twin_there.data = torch.tensor([3.0, 4.0])
+    other_there.data = one_there.data
+    one_there[1] = 5
+    pair.over(None, back=True)
+    assert base.tolist() == [0, 2, 2, 2]
+    assert (one.tolist(), twin.tolist(), other.tolist()) == ([0, 5], [3, 4], [0, 5])
+    assert part.data_ptr() == place
+    assert other.data_ptr() == one.data_ptr() != twin.data_ptr()
+
+
 def test_only_what_has_changed_is_sent_again():
     pair = Pair()
     one, other = torch.zeros(2), torch.ones(2)
@@ -346,6 +364,7 @@ def test_the_message_that_the_hostile_ones_are_made_from_is_taken():
         (None, [[1, 0, "Tensor", "float32", [3], [1], 0, False, None]]),
         (None, [[1, 0, "Tensor", "float32", [2], [-1], 1, False, None]]),
         (None, [[1, 0, "Tensor", "float32", [2**40, 2**40], [0, 0], 0, False, None]]),
+        (None, [[1, 0, "Tensor", "float32", [2**20, 2**20], [0, 0], 0, False, None]]),
         (None, [[1, 0, "Tensor", "float32", [2], [2**62], 0, False, None]]),
         (None, [[1, 0, "Tensor", "float32", [2, 1], [1], 0, False, None]]),
         (None, [[1, 0, "Tensor", "float32", [True], [1], 0, False, None]]),
@@ -379,6 +398,7 @@ def test_a_message_cannot_free_what_is_not_its_own():
             hostile(freed=freed)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_garbled_message_is_refused_or_read(data):
     inner = st.none() | st.integers(-4, 9) | st.sampled_from(
@@ -392,6 +412,14 @@ def test_a_garbled_message_is_refused_or_read(data):
 def test_a_byte_that_is_no_truth_value_does_not_count_twice():
     came = hostile(["is", 1], [[1, 0, "Tensor", "bool", [8], [1], 0, False, None]])
     assert came.view(torch.uint8).tolist() == [1] * 8
+    both = [[1, 0, "Tensor", "bool", [8], [1], 0, False, None]]
+    both += [[2, 0, "Tensor", "uint8", [8], [1], 0, False, None]]
+    truth, count = hostile(["tuple", ["is", 1], ["is", 2]], both)
+    assert truth.data_ptr() != count.data_ptr()
+    pair = Pair()
+    given = pair.over([torch.zeros(2, dtype=torch.bool)])[0]
+    given.view(torch.uint8).fill_(2)
+    assert pair.over(given, back=True).view(torch.uint8).tolist() == [1, 1]
     came = hostile(["is", 1], [[1, 0, "array", "|b1", [8]]])
     assert came.view(np.uint8).tolist() == [1] * 8
 

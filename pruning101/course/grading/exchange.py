@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import packing
+from . import kinds, packing
 from .channel import ExchangeError
 
 
@@ -84,7 +84,7 @@ class Exchange:
                 unpacker = packing.Unpacker(self, header["objects"], buffers)
             for _, one in self._shared():
                 if isinstance(one, nn.Module):
-                    packing.check_names(one)
+                    kinds.check_names(one)
             value = unpacker.value(header["value"])
             graph = unpacker.value(header["graph"]) if "graph" in header else None
         except packing.BROKEN as error:

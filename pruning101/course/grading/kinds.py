@@ -83,6 +83,22 @@ def known_class(kind: type) -> bool:
     )
 
 
+def check_names(module: nn.Module) -> None:
+    """Refuse a module that holds something under a name which could be read as code: torch.fx
+    writes the names of what it traces into a program, quoted, and runs that.
+    """
+    names = list(vars(module))
+    for holder in ("_modules", "_parameters", "_buffers"):
+        held = vars(module).get(holder, {})
+        if type(held) not in (dict, OrderedDict):
+            raise ExchangeError(f"a module's {holder} is no dict")
+        names += held
+    if not all(type(name) is str and name.isprintable() for name in names):
+        raise ExchangeError("a module holds something under a name that is no text")
+    if any(mark in name for name in names for mark in "\"'\\"):
+        raise ExchangeError("a module holds something under a name with a quotation mark in it")
+
+
 def _at(module: str, name: str) -> Any:
     """What lies under `name` in a module of the known libraries; None where it is another module,
     or nothing lies there.

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import types
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -146,13 +146,8 @@ class Packer:
             plain = one.detach().resolve_conj().resolve_neg()
             gradient = one.grad if one.is_leaf else None
             where = [list(plain.shape), list(plain.stride()), plain.storage_offset()]
-            flags = [one.requires_grad, self.node(gradient)]
-            return [
-                kind.__name__,
-                kinds.DTYPE_NAMES[one.dtype],
-                *where,
-                *flags,
-            ], plain.untyped_storage()
+            content = [kinds.DTYPE_NAMES[one.dtype], *where, one.requires_grad]
+            return [kind.__name__, *content, self.node(gradient)], plain.untyped_storage()
         if kind is np.ndarray:
             return ["array", one.dtype.str, list(one.shape)], np.ascontiguousarray(one)
         if kind is torch.Generator:
@@ -171,7 +166,9 @@ class Unpacker:
         self._exchange = exchange
         self._buffers = buffers
         self._made: dict[int, Any] = {}
-        self._storages: dict[int, torch.UntypedStorage] = {}
+        # By buffer, and whether it holds truth values: these share their memory with nothing else,
+        # for a byte other than 0 and 1 is both true and false to torch.
+        self._storages: dict[tuple[int, bool], torch.UntypedStorage] = {}
         self._reuse(objects)
         for key, index, kind, *content in objects:
             self._made[-key] = self._shell(-key, index, kind, content)
@@ -293,28 +290,36 @@ class Unpacker:
     def _reuse(self, objects: list) -> None:
         """Put the memory of each buffer where the tensors lie that are here already."""
         taken = set()
-        for key, index, kind, *_ in objects:
+        for key, index, kind, *content in objects:
             there = self._exchange.find(-key) if kind in ("Tensor", "Parameter") else None
-            if isinstance(there, Tensor) and index not in self._storages:
-                storage = there.untyped_storage()
-                same_size = storage.nbytes() == self._buffers[index].nbytes
-                if same_size and storage.nbytes() and storage.data_ptr() not in taken:
-                    taken.add(storage.data_ptr())
-                    self._storages[index] = storage
-        for index, storage in self._storages.items():
-            _write(storage, self._buffers[index])
+            if not isinstance(there, Tensor) or kinds.DTYPES.get(content[0]) is not there.dtype:
+                continue
+            storage, which = there.untyped_storage(), (index, there.dtype is torch.bool)
+            same_size = storage.nbytes() == self._buffers[index].nbytes
+            if same_size and which not in self._storages and storage.data_ptr() not in taken:
+                taken.add(storage.data_ptr())
+                self._storages[which] = storage
+                self._write(which)
+
+    def _write(self, which: tuple[int, bool]) -> None:
+        """Put a buffer into its storage, which is left alone where it holds the same already."""
+        index, truth = which
+        if self._buffers[index].nbytes:
+            new = torch.frombuffer(self._buffers[index], dtype=torch.uint8)
+            new = new.clamp(max=1) if truth else new
+            flat = _flat(self._storages[which])
+            if not torch.equal(flat, new):
+                flat.copy_(new)
 
     def _tensor(self, there: Any, index: int, kind: str, content: list) -> Tensor:
         name, shape, stride, offset, requires_grad, _ = content
         dtype = kinds.DTYPES[name]
-        if index not in self._storages:
-            storage = torch.UntypedStorage(self._buffers[index].nbytes)
-            _write(storage, self._buffers[index])
-            self._storages[index] = storage
-        storage = self._storages[index]
+        which = (index, dtype is torch.bool)
+        if which not in self._storages:
+            self._storages[which] = torch.UntypedStorage(self._buffers[index].nbytes)
+            self._write(which)
+        storage = self._storages[which]
         _check_layout(shape, stride, offset, storage.nbytes() // dtype.itemsize)
-        if dtype is torch.bool:  # a byte other than 0 and 1 is both true and false to torch
-            _flat(storage).clamp_(max=1)
         made = torch.empty(0, dtype=dtype).set_(storage, offset, shape, stride)
         if there is None:
             if kind == "Parameter":
@@ -328,22 +333,6 @@ class Unpacker:
         if there.is_leaf and there.requires_grad != requires_grad:
             there.requires_grad_(requires_grad)
         return there
-
-
-def check_names(module: nn.Module) -> None:
-    """Refuse a module that holds something under a name which could be read as code: torch.fx
-    writes the names of what it traces into a program, quoted, and runs that.
-    """
-    names = list(vars(module))
-    for holder in ("_modules", "_parameters", "_buffers"):
-        held = vars(module).get(holder, {})
-        if type(held) not in (dict, OrderedDict):
-            raise ExchangeError(f"a module's {holder} is no dict")
-        names += held
-    if not all(type(name) is str and name.isprintable() for name in names):
-        raise ExchangeError("a module holds something under a name that is no text")
-    if any(mark in name for name in names for mark in "\"'\\"):
-        raise ExchangeError("a module holds something under a name with a quotation mark in it")
 
 
 def _same_type(one: Any, kind: type) -> Any:
@@ -402,11 +391,3 @@ def _flat(storage: torch.UntypedStorage) -> Tensor:
 def _bytes(memory: Any) -> memoryview:
     flat = memory if isinstance(memory, np.ndarray) else _flat(memory).numpy()
     return memoryview(flat.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
-
-
-def _write(storage: torch.UntypedStorage, buffer: memoryview) -> None:
-    """Put bytes into a storage, which is left alone where they are there already."""
-    if buffer.nbytes and (new := torch.frombuffer(buffer, dtype=torch.uint8)) is not None:
-        flat = _flat(storage)
-        if not torch.equal(flat, new):
-            flat.copy_(new)
