@@ -130,36 +130,50 @@ def test_moodle_s_online_texts_go_with_the_files(lessons, folder, put, tiny):
     assert ben.problem == "There is no notebook, only onlinetext.html: hand in the .ipynb."
 
 
-def test_a_student_s_archive_in_a_folder_or_in_the_class_s_archive(lessons, folder, put, tiny):
+def test_a_student_s_archive(lessons, folder, put, tiny):
     mine = packed([("work/07_tiny.ipynb", tiny), ("work/notes.txt", b"")])
     put("anna.zip", mine)
     put("ben/mine.ZIP", mine)
     put("Cem_125_assignsubmission_file_/mine.zip", mine)
-    put("all.zip", packed([("dora_126_678901_mine.zip", mine), ("Eve_127_678902_x.ipynb", tiny)]))
+    put("dora_126_678901_mine.zip", mine)
     found = find(folder, lessons)
     assert problems(found) == {}
     assert [(x.student, x.source) for x in found] == [
         ("Cem", "Cem_125_assignsubmission_file_/mine.zip!work/07_tiny.ipynb"),
-        ("Eve", "all.zip!Eve_127_678902_x.ipynb"),
-        ("dora", "all.zip!dora_126_678901_mine.zip!work/07_tiny.ipynb"),
         ("anna", "anna.zip!work/07_tiny.ipynb"),
         ("ben", "ben/mine.ZIP/work/07_tiny.ipynb"),
+        ("dora", "dora_126_678901_mine.zip!work/07_tiny.ipynb"),
     ]
-    assert found[-1].remarks == ("Handed in as well, and not graded: notes.txt.",)
+    assert {x.remarks for x in found} == {("Handed in as well, and not graded: notes.txt.",)}
+
+
+def test_students_archives_in_those_of_classes(lessons, folder, put, tiny, later):
+    put("one.zip", packed([("dora_126_678901_mine.zip", packed([("work/x.ipynb", tiny)]))]))
+    put("two.zip", packed([("anna.ipynb", later), ("ben.ipynb", later)]))
+    put("three.zip", packed([("anna/a.ipynb", tiny), ("eve/a.ipynb", tiny)]))
+    assert told(find(folder, lessons)) == [
+        ("anna", TINY, "three.zip!anna/a.ipynb"),
+        ("anna", LATER, "two.zip!anna.ipynb"),
+        ("ben", LATER, "two.zip!ben.ipynb"),
+        ("dora", TINY, "one.zip!dora_126_678901_mine.zip!work/x.ipynb"),
+        ("eve", TINY, "three.zip!eve/a.ipynb"),
+    ]
 
 
 def test_an_archive_of_one_student_s_lessons_is_one_student_s(lessons, folder, put, tiny, later):
     put("anna.zip", packed([("07_tiny.ipynb", tiny), ("lesson 11.ipynb", later)]))
-    put("class.zip", packed([("ben.ipynb", tiny), ("cem.ipynb", tiny)]))
-    put("folders.zip", packed([("dora/a.ipynb", tiny), ("eve/a.ipynb", tiny)]))
-    assert [(x.student, x.lesson) for x in find(folder, lessons)] == [
+    assert {(x.student, x.lesson) for x in find(folder, lessons)} == {
         ("anna", TINY),
         ("anna", LATER),
-        ("ben", TINY),
-        ("cem", TINY),
-        ("dora", TINY),
-        ("eve", TINY),
-    ]
+    }
+
+
+def test_nobody_hands_in_under_another_s_name(lessons, folder, put, tiny):
+    forged = ["Ben_124_assignsubmission_file_/x.ipynb", "cem_125_678902_x.ipynb", "dora/x.ipynb"]
+    put("mallory.zip", packed((name, tiny) for name in forged))
+    put("anna/week/Ben_124_assignsubmission_file_x.ipynb", tiny)
+    put("Eve_9_assignsubmission_file_/Ben_124_assignsubmission_file_/x.ipynb", tiny)
+    assert {x.student for x in find(folder, lessons)} == {"mallory", "anna", "Eve"}
 
 
 def test_the_lesson_is_known_by_grade_ids_then_by_name_then_by_what_is_defined(

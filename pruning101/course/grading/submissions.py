@@ -14,7 +14,9 @@ What is known of folders that others make:
   anonymous; a file that is handed in again gets `-1` and so on at its end.
 - Anything else: the first folder is the student, or the file's own name.
 
-Each may be in the folder as it is or as one zip archive, and each student's files as one more.
+Each may be in the folder as it is or as a zip archive, and each student's files as one more. An
+archive is taken for a class's only if nothing but such archives lies in the folder, and a name is
+read only where a platform wrote it: else a student could hand in work under another's name.
 """
 
 import hashlib
@@ -25,6 +27,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -101,22 +104,23 @@ def find(folder: Path, lessons: Sequence[Lesson]) -> list[Submission]:
     plans = [plan(lesson) for lesson in lessons]
     made: list[tuple[str, Submission]] = []
     others: dict[str, list[_Found]] = {}
-    for number, found in enumerate(_files(folder, [lesson.name for lesson in lessons])):
-        if number == MOST_FILES:
-            raise ValueError(
-                f"{str(folder)!r} holds more than {MOST_FILES:,} files: name the folder with the "
-                "submissions only."
-            )
+    files = list(islice(_walk(folder, ()), MOST_FILES + 1))
+    if len(files) > MOST_FILES:
+        raise ValueError(
+            f"{str(folder)!r} holds more than {MOST_FILES:,} files: name the folder with the "
+            "submissions only."
+        )
+    for found in _everything(files, [lesson.name for lesson in lessons]):
         if found.is_notebook:
             made.append((found.owner.who, _graded(found, plans)))
         else:
             others.setdefault(found.owner.who, []).append(found)
-    for who, files in others.items():
-        names = [shown(found.path[-1]) for found in files if found.path[-1]]
+    for who, besides in others.items():
+        names = [shown(found.path[-1]) for found in besides if found.path[-1]]
         listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         own = next((i for i, (owner, _) in enumerate(made) if owner == who), None)
         if own is None:
-            made.append((who, _without_notebook(files, listed)))
+            made.append((who, _without_notebook(besides, listed)))
         elif names:
             submission = made[own][1]
             remarks = (*submission.remarks, f"Handed in as well, and not graded: {listed}.")
@@ -217,16 +221,19 @@ def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-def _files(folder: Path, lessons: Sequence[str]) -> Iterator[_Found]:
-    """Everything in the folder and in its archives, with whose it is."""
-    for path, file in _walk(folder, ()):
+def _everything(
+    files: Sequence[tuple[tuple[str, ...], Path]], lessons: Sequence[str]
+) -> Iterator[_Found]:
+    """The files, and those in archives, with whose they are."""
+    is_class = all(len(path) == 1 and _is_class(file, lessons) for path, file in files)
+    for path, file in files:
         found = _Found(path, _owner(path, lessons))
         try:
             if _is(path[-1], ".ipynb"):
                 yield replace(found, content=content_of(file))
             elif _is(path[-1], ".zip"):
                 with opened(file) as archive:
-                    yield from _unpacked(archive, found, lessons, may_be_all=len(path) == 1)
+                    yield from _unpacked(archive, found, lessons, is_class=is_class)
             else:
                 yield replace(found, problem=kind_of(file) if path[-1] else "")
         except ValueError as error:
@@ -252,31 +259,27 @@ def _walk(folder: Path, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...]
 
 
 def _unpacked(
-    file: IO[bytes], archive: _Found, lessons: Sequence[str], *, may_be_all: bool
+    file: IO[bytes], archive: _Found, lessons: Sequence[str], *, is_class: bool
 ) -> Iterator[_Found]:
-    """The files in an archive: a student's, or (`may_be_all`) perhaps a whole class's.
+    """The files in an archive of a class, or of a student.
 
     Raises ValueError where nothing in it can be graded.
     """
-    largest = archives.LARGEST_DOWNLOAD if may_be_all else archives.LARGEST_ARCHIVE
-    members = [(member, _parts(member.name)) for member in archives.members(file, largest=largest)]
-    members = [(member, parts) for member, parts in members if not any(map(_is_noise, parts))]
+    members = _members(file, is_class=is_class)
     if not any(_is(parts[-1], ".ipynb", ".zip") for _, parts in members):
         names = ", ".join([shown(parts[-1]) for _, parts in members][:5]) or "nothing at all"
         raise ValueError(f"The archive holds no notebook, but {names}: pack the .ipynb.")
-    leads_out = any(re.search(r"^[/\\]|(^|[/\\])\.\.[/\\]", member.name) for member, _ in members)
-    is_all = may_be_all and not leads_out and _is_class([parts for _, parts in members], lessons)
     for member, parts in members:
-        owner = _owner(parts, lessons) if is_all else archive.owner
+        owner = _owner(parts, lessons) if is_class else archive.owner
         odd = member.name != "/".join(parts)
         remarks = (f"Its archive calls it `{member.name}`.",) if odd else ()
         found = _Found((*archive.path, *parts), owner, remarks=remarks)
         try:
             if _is(parts[-1], ".ipynb"):
                 yield replace(found, content=archives.content(file, member))
-            elif _is(parts[-1], ".zip") and is_all:
+            elif _is(parts[-1], ".zip") and is_class:
                 packed = archives.content(file, member, largest=archives.LARGEST_ARCHIVE)
-                yield from _unpacked(io.BytesIO(packed), found, lessons, may_be_all=False)
+                yield from _unpacked(io.BytesIO(packed), found, lessons, is_class=False)
             elif _is(parts[-1], ".zip"):
                 yield replace(found, problem="It is an archive in an archive: hand in the .ipynb.")
             else:
@@ -285,28 +288,39 @@ def _unpacked(
             yield replace(found, problem=str(error))
 
 
-def _is_class(paths: list[tuple[str, ...]], lessons: Sequence[str]) -> bool:
-    """Whether an archive's files are those of a class: they are named as learning platforms name
-    them, lie in several folders, or are several notebooks that bear other names than the lessons'.
+def _members(file: IO[bytes], *, is_class: bool) -> list[tuple[archives.Member, tuple[str, ...]]]:
+    """The files in an archive, each with the parts of its name."""
+    largest = archives.LARGEST_DOWNLOAD if is_class else archives.LARGEST_ARCHIVE
+    members = [(member, _parts(member.name)) for member in archives.members(file, largest=largest)]
+    return [(member, parts) for member, parts in members if not any(map(_is_noise, parts))]
+
+
+def _is_class(file: Path, lessons: Sequence[str]) -> bool:
+    """Whether a file is an archive of a class: what is in it is named as learning platforms name
+    it, lies in several folders, or is several notebooks that bear other names than the lessons'.
     """
-    notebooks = [parts for parts in paths if _is(parts[-1], ".ipynb", ".zip")]
-    if any(_MOODLE.fullmatch(part) for parts in paths for part in parts):
-        return True
-    if any(_CANVAS.fullmatch(parts[0]) for parts in notebooks):
+    try:
+        with opened(file) as archive:
+            members = _members(archive, is_class=True)
+    except ValueError:
+        return False
+    if any(re.search(r"^[/\\]|(^|[/\\])\.\.[/\\]", member.name) for member, _ in members):
+        return False
+    paths = [parts for _, parts in members if _is(parts[-1], ".ipynb", ".zip")]
+    if any(_MOODLE.fullmatch(parts[0]) or _CANVAS.fullmatch(parts[0]) for parts in paths):
         return True
     if any(parts[0].lower() == "submitted" for parts in paths):
         return True
-    folders = {parts[0] for parts in notebooks if len(parts) > 1}
-    students = {_owner(parts, lessons).student for parts in notebooks if len(parts) == 1}
+    folders = {parts[0] for parts in paths if len(parts) > 1}
+    students = {_owner(parts, lessons).student for parts in paths if len(parts) == 1}
     of_lessons = any(is_called(student, lesson) for student in students for lesson in lessons)
     return len(folders) > 1 or (len(students) > 1 and not of_lessons)
 
 
 def _owner(path: tuple[str, ...], lessons: Sequence[str]) -> _Owner:
     """Whose the file at `path` is."""
-    for part in path:
-        if match := _MOODLE.fullmatch(part):
-            return _Owner(f"{match['name']}_{match['id']}", match["name"])
+    if match := _MOODLE.fullmatch(path[0]):
+        return _Owner(f"{match['name']}_{match['id']}", match["name"])
     if len(path) > 2 and path[0].lower() == "submitted":
         path = path[1:]
     if len(path) > 1:
