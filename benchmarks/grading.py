@@ -1,7 +1,7 @@
 """Sixty submissions of lesson 3, graded by the command: seconds, memory, and whether the points are
 right.
 
-    python benchmarks/grading.py [--jobs 2] [--note TEXT]
+    python benchmarks/grading.py [--jobs 2]
 
 Goal: ten minutes on two cores. The class is made up: all right, blank, one of the mistakes that
 the lesson's checks must see, code that is no Python, exceptions, and a few endless loops. The
@@ -14,7 +14,7 @@ import contextlib
 import copy
 import itertools
 import json
-import resource
+import os
 import runpy
 import subprocess
 import sys
@@ -75,8 +75,11 @@ def watched(command: list[str]) -> dict[str, float]:
     """Run `command`; return its seconds and the memory that it and all it started took at most.
 
     Memory is the sum of the processes' resident pages: what they share counts several times.
+    Processor time is that of each process when it was last looked at, five times a second. The load
+    before tells how many other processes wanted the cores.
     """
-    start, peak, most = time.perf_counter(), 0, 0
+    load = os.getloadavg()[0]
+    start, peak, most, spent = time.perf_counter(), 0, 0, {}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None:
         family, taken = [psutil.Process(process.pid)], 0
@@ -87,16 +90,17 @@ def watched(command: list[str]) -> dict[str, float]:
         for one in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 taken += one.memory_info().rss
+                spent[one.pid] = sum(one.cpu_times()[:2])  # its own, user and system
         peak, most = max(peak, taken), max(most, len(family))
         time.sleep(0.2)
     if process.returncode:
         raise RuntimeError(f"the command ended with status {process.returncode}")
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "seconds": time.perf_counter() - start,
-        "cpu_seconds": used.ru_utime + used.ru_stime,
+        "cpu_seconds": sum(spent.values()),
         "peak_bytes": peak,
         "processes": most,
+        "load_before": load,
     }
 
 
@@ -121,7 +125,6 @@ def wrong(results: Path, fates: dict[str, dict[str, str]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--note", default="", help="what else the machine was doing")
     arguments = parser.parse_args()
     lesson = material.find("magnitude")
     with tempfile.TemporaryDirectory() as scratch:
@@ -144,7 +147,6 @@ def main() -> None:
             "jobs": arguments.jobs,
             **used,
             "wrong_points": faults,
-            "note": arguments.note,
         },
     )
 
