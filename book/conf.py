@@ -1,10 +1,11 @@
 """How Sphinx makes the book. `pruning101 book` gathers the pages beside this file and runs it."""
 
+import pydoc
 import re
 from pathlib import Path
 
 import pruning101
-from pruning101.course import book, links
+from pruning101.course import links
 
 project = "pruning101"
 author = copyright = "the authors of pruning101"
@@ -33,6 +34,8 @@ viewcode_follow_imported_members = False  # a source links to the page of its ow
 default_role = "py:obj"
 maximum_signature_line_length = 120
 napoleon_numpy_docstring = False
+nitpicky = True  # a function or module that a docstring refers to must be there
+nitpick_ignore_regex = [("py:(?!func|meth|mod).*", ".*")]
 add_module_names = False
 
 bibtex_bibfiles = ["references.bib"]
@@ -69,7 +72,8 @@ def plain_to_rst(app, what, name, obj, options, lines):
     """Make of a docstring in plain text what reStructuredText takes for the same: an indented
     formula is shown as it stands, and a bar is a bar.
     """
-    result, shown, base = [], False, ""
+    # napoleon would take what stands before the first colon of an attribute's text for its type
+    result, shown, base = [""] if what in ("attribute", "property") else [], False, ""
     for number, line in enumerate(lines):
         if line and not line.startswith(" "):
             shown, base = line.endswith("::"), line
@@ -88,22 +92,21 @@ def plain_to_rst(app, what, name, obj, options, lines):
     lines[:] = result
 
 
-# A topic hands on what stands in the core: both names lead to the one place.
-HANDED_ON = {
-    f"{module.name}.{name.split('.')[-1]}": name
-    for module in book.modules()
-    for name in module.handed_on
-}
-
-
 def in_the_package(app, env, node, content):
-    """Find `core.masks` where `pruning101.core.masks` is meant, and what a topic hands on."""
-    target = node.get("reftarget", "")
-    known = HANDED_ON.get(target, f"pruning101.{target}" if target.startswith("core.") else "")
-    if node.get("refdomain") != "py" or not known:
+    """Find what docstrings name more shortly than in full, and what a topic hands on from the core:
+    both lead to where the thing is defined.
+    """
+    target, module = node.get("reftarget", ""), node.get("py:module") or "pruning101"
+    if node.get("refdomain") != "py" or (node["reftype"] == "obj" and "." not in target):
         return None
-    place = (env, node["refdoc"], app.builder, node["reftype"], HANDED_ON.get(known, known))
-    return env.get_domain("py").resolve_xref(*place, node, content)
+    for name in (target, f"{module}.{target}", f"pruning101.{target}", f"pruning101.core.{target}"):
+        thing = pydoc.locate(name) if name.startswith("pruning101.") else None
+        if hasattr(thing, "__qualname__"):
+            name = f"{thing.__module__}.{thing.__qualname__}"
+        if thing is not None:
+            place = (env, node["refdoc"], app.builder, node["reftype"], name)
+            return env.get_domain("py").resolve_xref(*place, node, content)
+    return None
 
 
 def setup(app):

@@ -199,7 +199,7 @@ def activation_moments(
     """Return mean and standard deviation of each unit of the activations' inputs, in one pass.
 
     Over all images and positions, as :func:`layer_entropies` goes about it; for
-    :func:`state_probability` where no norm says them.
+    :func:`~core.state_entropy.state_probability` where no norm says them.
 
     Raises:
         ValueError: no activation, an unknown layer, no batches, or NaN in the outputs.

@@ -44,7 +44,7 @@ def channel_groups(
     Left out are groups that reach the output of the network, and those whose coupling cannot be
     followed: through weights used outside their layer (Swin's attention in torchvision), products
     of activations (attention of other kinds), grouped convolutions, or reshapes that mix channels.
-    :func:`coupling` says which and why.
+    :func:`~core.channels.coupling` says which and why.
 
     Raises ``ValueError`` for a masked model, an unknown layer, or a model that cannot be traced.
     """

@@ -113,7 +113,7 @@ class Axis:
         return found
 
     def to_list(self) -> list[int]:
-        """Return what :class:`BorderedConv2d` has to know of the pair at run time."""
+        """Return what :class:`~bordered.BorderedConv2d` has to know of the pair at run time."""
         window1 = (self.k1 - 1) * self.d1 + 1 - 2 * self.p1
         window2 = (self.k2 - 1) * self.d2 + 1 - 2 * self.p2
         return [self.s1, self.s2, self.p2, window1, window2, self.reach]
