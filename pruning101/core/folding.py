@@ -89,7 +89,7 @@ class Row:
 
 
 class Folding:
-    """The work of one :func:`~layer_folding.fold`: what is merged into what so far, and the rows."""
+    """The work of one :func:`~layer_folding.fold`: what is merged so far, and the rows."""
 
     def __init__(
         self, model: nn.Module, threshold: float, border: Border, force: bool, norms: bool
