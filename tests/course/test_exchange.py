@@ -336,6 +336,7 @@ def test_the_message_that_the_hostile_ones_are_made_from_is_taken():
         (["function", "torch", "load"], []),
         (["function", "torch", "from_file"], []),
         (["function", "functional", "importlib"], []),
+        (["function", "functional", "boolean_dispatch"], []),
         (["function", "functional", "_verify_batch_size"], []),
         (["class", "builtins", "eval"], []),
         (["class", "os", "system"], []),

@@ -239,8 +239,6 @@ class Peer:
 
     def _attach(self, graph: Any, outputs: list[Tensor], inputs: list[Tensor]) -> None:
         try:
-            for one in outputs:
-                one.requires_grad_(False)
             with torch.inference_mode(False), torch.enable_grad():
                 anchor = torch.zeros((), requires_grad=True)  # where no argument takes part
                 _Answer.apply(self, graph, outputs, anchor, *inputs)
