@@ -30,6 +30,7 @@ myst_heading_anchors = 3
 # The library.
 autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True  # a function as a default is shown by its name
 viewcode_follow_imported_members = False  # a source links to the page of its own module
 default_role = "py:obj"
 maximum_signature_line_length = 120
