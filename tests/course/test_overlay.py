@@ -324,6 +324,8 @@ def test_an_exercise_that_needs_the_lesson_s_cells_is_told_so(tiny, work):
     cell(work, "ex-07-1").source = "def keep_largest(values, step):\n    return draw(PROFILE, step)"
     (remark,) = overlay(plan(tiny), work).remarks
     assert "The cell of exercise 1 uses `PROFILE`, `draw` from the lesson's own cells" in remark
+    work.cells.insert(0, code("from somewhere import draw\nPROFILE = 1"))
+    assert overlay(plan(tiny), work).remarks == ()
 
 
 def test_magics_and_shell_lines_break_nothing(tiny, work):

@@ -26,7 +26,7 @@ class Member:
 
 
 def members(file: IO[bytes], *, largest: int = LARGEST_ARCHIVE) -> list[Member]:
-    """The files in the archive, folders and what macOS adds left out.
+    """The files in the archive, without its folders.
 
     Raises ValueError where it is no zip archive, or unpacks to more than it may.
     """
@@ -44,11 +44,7 @@ def members(file: IO[bytes], *, largest: int = LARGEST_ARCHIVE) -> list[Member]:
             f"It would unpack {packed / 1e6:,.1f} MB to {unpacked / 1e6:,.0f} MB, so it was not "
             "unpacked: hand in the notebook only."
         )
-    return [
-        Member(info.filename, info.file_size, info)
-        for info in infos
-        if not info.is_dir() and "__MACOSX/" not in info.filename
-    ]
+    return [Member(info.filename, info.file_size, info) for info in infos if not info.is_dir()]
 
 
 def content(file: IO[bytes], member: Member, *, largest: int = LARGEST) -> bytes:
