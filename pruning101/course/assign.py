@@ -76,7 +76,6 @@ def assign(lessons: Sequence[Lesson], folder: Path) -> list[Path]:
 
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file: name a folder with --to.")
-    lessons = list(dict.fromkeys(lessons))
     texts: dict[Path, str] = {}
     entries: dict[str, Any] = {}
     for lesson in lessons:
