@@ -418,9 +418,12 @@ def test_a_byte_that_is_no_truth_value_does_not_count_twice():
     truth, count = hostile(["tuple", ["is", 1], ["is", 2]], both)
     assert truth.data_ptr() != count.data_ptr()
     pair = Pair()
-    given = pair.over([torch.zeros(2, dtype=torch.bool)])[0]
+    mine = torch.zeros(2, dtype=torch.bool)
+    place, given = mine.data_ptr(), pair.over(mine)
     given.view(torch.uint8).fill_(2)
-    assert pair.over(given, back=True).view(torch.uint8).tolist() == [1, 1]
+    assert pair.over(given, back=True) is mine
+    assert mine.view(torch.uint8).tolist() == [1, 1]
+    assert mine.data_ptr() == place
     came = hostile(["is", 1], [[1, 0, "array", "|b1", [8]]])
     assert came.view(np.uint8).tolist() == [1] * 8
 
