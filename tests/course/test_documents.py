@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import tomllib
 from functools import cache
@@ -192,6 +193,15 @@ def test_the_guide_names_the_limits_as_they_are():
         f"{limits.open_files} open files and {limits.threads} threads",
     ):
         assert words in text, words
+
+
+def test_the_guide_says_what_grading_took():
+    text = " ".join(GUIDE.read_text().split())
+    told = re.search(r"took (\d+) minutes of processor time.*? (\d\.\d) GB of memory", text)
+    kept = json.loads((ROOT / "results" / "grading.json").read_text())
+    assert (kept["submissions"], kept["lesson"], kept["jobs"]) == (60, "03_magnitude", 2)
+    assert 60 * int(told[1]) == pytest.approx(kept["cpu_seconds"], rel=0.3)
+    assert 1e9 * float(told[2]) == pytest.approx(kept["peak_bytes"], rel=0.3)
 
 
 # --- what is named is there ---------------------------------------------------------------------
