@@ -19,9 +19,9 @@ from pruning101.course import material
 ROOT = Path(__file__).resolve().parents[2]
 LESSONS = material.lessons(ROOT)
 
-# Runs the set-up cells given on stdin one after the other, each in a namespace of its own, the first
-# as in Colab: torch is there before the course is, and Colab's package is loaded. The others find
-# the course installed; their line that installs it is the same.
+# Runs the set-up cells given on stdin one after the other, each in a namespace of its own, the
+# first as in Colab: torch is there before the course is, and Colab's package is loaded. The others
+# find the course installed; their line that installs it is the same.
 AS_IN_COLAB = """
 import json, sys, types
 sys.modules["google.colab"] = types.ModuleType("google.colab")

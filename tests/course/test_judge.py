@@ -189,6 +189,27 @@ assert False
     assert [outcome.passed for outcome in found] == [False, False, False, True]
 
 
+def test_the_random_numbers_of_a_check_are_its_own():
+    forged = """
+def f(x):
+    state = torch.get_rng_state()
+    state[24 : 24 + 8 * 624] = 0  # all that is drawn from it is 0
+    torch.set_rng_state(state)
+    return torch.rand(3)
+
+def g():
+    return torch.rand(3)
+"""
+    found = outcomes(
+        forged,
+        ("assert f(1).tolist() == [0, 0, 0]",),  # it is forged, there
+        ("f(1)\nx = torch.rand(9)\nassert len(x.unique()) == 9, x",),
+        ("torch.manual_seed(3)\nx = g()\ntorch.manual_seed(3)\nassert x.equal(torch.rand(3))",),
+        ("torch.manual_seed(3)\nassert not g().equal(g()), 'the second draw is another'",),
+    )
+    assert [outcome.message for outcome in found] == [""] * 4
+
+
 def test_a_set_up_that_fails_is_no_fault_of_the_students():
     with pytest.raises(RuntimeError, match="set-up fails: ZeroDivisionError"):
         outcomes(("assert True",), setup=("1 / 0",))

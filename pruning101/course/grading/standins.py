@@ -127,7 +127,7 @@ class Peer:
 
     `actions` are what the other side may ask for, beside the use of handles. Of an error that such
     an action raises, `tell` makes what the other side is told; errors not of the class `told` are
-    not for the other side.
+    not for the other side. torch's default generator `follows` that of the other side, or leads.
     """
 
     def __init__(
@@ -137,6 +137,7 @@ class Peer:
         actions: dict[str, Callable[..., Any]],
         tell: Callable[[BaseException], Told],
         told: type[BaseException] = Exception,
+        follows: bool = False,
     ) -> None:
         self.channel = channel
         self.exchange = Exchange(lambda: Remote(self.request))
@@ -147,7 +148,8 @@ class Peer:
         self._told = told
         self._depth = 0  # of calls within calls
         self._thread = threading.get_ident()
-        self._random = b""  # the state of torch's default generator, as both sides know it
+        self._follows = follows
+        self._random = b""  # the state of torch's default generator that was sent last
         self._raised: list[BaseException] = []  # here, in the call under way
         self.lost: Exception | None = None  # why nothing more can be asked
 
@@ -212,7 +214,7 @@ class Peer:
         return lambda one, *parts: action(self.exchange.handed_out(one), *parts)
 
     def _send(self, header: dict[str, Any], value: Any, graph: Any = None) -> None:
-        random = torch.get_rng_state().numpy().tobytes()
+        random = b"" if self._follows else torch.get_rng_state().numpy().tobytes()
         if random != self._random:
             header["random"] = random.hex()
         packed = self.exchange.pack(value, graph)
@@ -227,10 +229,10 @@ class Peer:
         try:
             header, buffers = self.channel.receive()
             value, graph = self.exchange.unpack(header, buffers)
-            if "random" in header:
-                self._random = bytes.fromhex(header["random"])
-                state = torch.frombuffer(bytearray(self._random), dtype=torch.uint8)
-                torch.set_rng_state(state)
+            # The judge takes none: in a state of zeros all that a check draws would be alike.
+            if self._follows and "random" in header:
+                state = bytearray.fromhex(header["random"])
+                torch.set_rng_state(torch.frombuffer(state, dtype=torch.uint8))
         except (OSError, EOFError, ExchangeError) as error:
             raise self._disconnected(error) from None
         except (MemoryError, RuntimeError, TypeError, ValueError) as error:

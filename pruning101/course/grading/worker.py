@@ -93,6 +93,7 @@ def main(number: int) -> None:
         },
         tell=worker.tell,
         told=BaseException,
+        follows=True,
     )
     try:
         while True:
