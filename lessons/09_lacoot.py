@@ -722,7 +722,7 @@ print(pd.DataFrame(table).fillna("").to_string())
 #
 # A diffusion transformer draws images: told how much noise there is, and
 # which digit is wanted, it predicts the noise; sampling takes the noise out
-# in 20 small steps. It has no classes to get wrong, and every block is run
+# in 15 small steps. It has no classes to get wrong, and every block is run
 # at every step. As the paper does with DiT-XL/2 on ImageNet, we take a
 # trained one (`dit_tiny`, six blocks), tune it a little, with LaCoOT's
 # penalty and without, and delete the two blocks of smallest distance.
@@ -732,7 +732,7 @@ print(pd.DataFrame(table).fillna("").to_string())
 # images. It is never 0: even as many other real images are some way off.
 
 # %%
-FIRST, TUNE = {"quick": (12, 4), "standard": (12, 4), "paper": (160, 20)}[
+FIRST, TUNE = {"quick": (12, 3), "standard": (12, 4), "paper": (160, 20)}[
     PROFILE
 ]
 options = {"optimizer": "adamw", "schedule": "cosine", "batch_size": 64}
@@ -775,7 +775,7 @@ for name in tuned:
             left[name, n],
             wanted,
             image_shape=example.shape[1:],
-            steps=20,
+            steps=15,
             guidance=2.0,
             limits=diffusion.limits(dataset),
         )
