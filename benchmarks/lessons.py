@@ -116,7 +116,8 @@ WIDGETS: dict[str, Callable[[], ipywidgets.VBox]] = {
 def answers(box: ipywidgets.VBox) -> list[float]:
     """Seconds of each answer, over all values of all controls."""
     seconds = []
-    for control in box.children[:-2]:  # the last two are the sentence and the picture
+    for row in box.children[:-2]:  # the last two are the sentence and the picture
+        control = row.children[-1] if isinstance(row, ipywidgets.HBox) else row
         if isinstance(control, ipywidgets.Dropdown):
             pairs = [o if isinstance(o, tuple) else (o, o) for o in control.options]
             values = [value for _, value in pairs]

@@ -191,14 +191,11 @@ def _belongs(part: Part, exercise: Exercise) -> bool:
 def _compare(
     plan: Plan, parts: list[Part], stands: Collection[str], notes: dict[str, list[str]]
 ) -> None:
-    """Note which exercises are blank, deleted or there several times, and which checks are gone."""
+    """Note which exercises are deleted or there several times, and which checks are gone."""
     given = {role.grade_id: role for role in plan.given}
     for exercise in plan.exercises:
         name = _name(plan, given[exercise.grade_id])
         own = [part for part in parts if part.exercise == exercise.grade_id]
-        blank = _squeezed(given[exercise.grade_id].source)
-        if own and all(_squeezed(part.source) == blank for part in own):
-            _note(notes, "left as handed out", name)
         if not any(_belongs(part, exercise) for part in parts):
             _note(notes, "deleted, so its checks fail", f"the cell of {name}")
         if len(own) > 1:
@@ -239,9 +236,8 @@ def _answers(
             texts[current].append(cell.source.strip())
             _note(notes, "taken from a new cell", f"the answer to `{_title(plan, current)}`")
     for grade_id in given:
-        if not texts[grade_id]:
-            what = "left as handed out" if grade_id in there else "deleted"
-            _note(notes, what, f"the answer to `{_title(plan, grade_id)}`")
+        if not texts[grade_id] and grade_id not in there:
+            _note(notes, "deleted", f"the answer to `{_title(plan, grade_id)}`")
     return {grade_id: "\n\n".join(text) for grade_id, text in texts.items()}
 
 
