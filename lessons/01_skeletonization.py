@@ -832,10 +832,8 @@ for patterns, units, outputs in ((12, 5, 3), (1, 1, 1)):
     w = torch.randn(outputs, units, generator=g)
     b = torch.randn(outputs, generator=g)
     t = (torch.rand(patterns, outputs, generator=g) > 0.5).float()
-    found, expected = (
-        relevance_by_attention(a, w, b, t),
-        by_autograd(a, w, b, t),
-    )
+    expected = by_autograd(a, w, b, t)
+    found = relevance_by_attention(a, w, b, t)
     assert torch.allclose(found, expected, atol=1e-6), (
         f"autograd finds {expected.tolist()}, not {found.tolist()}"
     )
@@ -845,11 +843,9 @@ for patterns, units, outputs in ((40, 2, 1), (3, 9, 5), (7, 4, 4)):
     w = torch.randn(outputs, units, generator=g)
     b = torch.randn(outputs, generator=g)
     t = torch.rand(patterns, outputs, generator=g)
-    assert torch.allclose(
-        relevance_by_attention(a, w, b, t),
-        by_autograd(a, w, b, t),
-        atol=1e-6,
-    )
+    expected = by_autograd(a, w, b, t)
+    found = relevance_by_attention(a, w, b, t)
+    assert torch.allclose(found, expected, atol=1e-6)
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -892,13 +888,14 @@ def trim_and_fold(first, second, units, values):
 g = torch.Generator().manual_seed(0)
 x = torch.randn(20, 4, generator=g)
 first, second = nn.Linear(4, 6), nn.Linear(6, 3)
+a = torch.tanh(first(x))
+a[:, [1, 4]] = 0
+expected = second(a)
 f, s = trim_and_fold(first, second, [1, 4], torch.zeros(6))
 assert (f.in_features, f.out_features) == (4, 4), f"first is {f}"
 assert (s.in_features, s.out_features) == (4, 3), f"second is {s}"
 assert first.out_features == 6, "the given layers must stay as they are"
-a = torch.tanh(first(x))
-a[:, [1, 4]] = 0
-assert torch.allclose(s(torch.tanh(f(x))), second(a), atol=1e-5), (
+assert torch.allclose(s(torch.tanh(f(x))), expected, atol=1e-5), (
     "with values of 0 this must do what the old layers do with the units at 0"
 )
 
@@ -907,18 +904,20 @@ with torch.no_grad():
     first.weight[2] = 0  # unit 2 hands on tanh(0.7), always
     first.bias[2] = 0.7
 a = torch.tanh(first(x)).detach()
+expected = second(a)
 f, s = trim_and_fold(first, second, [2], a.mean(0))
-assert torch.allclose(s(torch.tanh(f(x))), second(a), atol=1e-5), (
+assert torch.allclose(s(torch.tanh(f(x))), expected, atol=1e-5), (
     "unit 2 is constant: folded into the bias, nothing at all may change"
 )
 ### BEGIN HIDDEN TESTS
 for units in ([], [0], [5, 3], [0, 1, 2, 3, 4]):
     values = torch.randn(6, generator=g)
-    f, s = trim_and_fold(first, second, units, values)
     swapped = a.clone()
     swapped[:, units] = values[units]
+    expected = second(swapped)
+    f, s = trim_and_fold(first, second, units, values)
     assert f.out_features == s.in_features == 6 - len(units)
-    assert torch.allclose(s(torch.tanh(f(x))), second(swapped), atol=1e-5)
+    assert torch.allclose(s(torch.tanh(f(x))), expected, atol=1e-5)
 ### END HIDDEN TESTS
 
 # %% [markdown] tags=["exercise"] nbgrader={"schema_version": 3, "grade_id": "ex-01-open", "grade": true, "points": 2, "solution": true, "locked": false, "task": false}

@@ -3,9 +3,10 @@ what comments in the student's code tell it to.
 
     python standin_judge.py FOLDER < job
 
-A check passes where the code says `right`. `crash` ends the judge, `crash once` the first one
-only, `meet` waits for another judge that does so, too, and `wait` waits for ever while FOLDER holds
-a pipe named `waiting`, to which it writes its process id. Who began is noted in FOLDER/began.
+A check passes where the code says `right`. `crash` ends the judge, `crash once` the first one only,
+`falls at ID` is a check at which the system kills it, `meet` waits for another judge that does so,
+too, and `wait` waits for ever while FOLDER holds a pipe named `waiting`, to which it writes its
+process id. Who began is noted in FOLDER/began.
 """
 
 import json
@@ -38,6 +39,8 @@ if "meet" in code:
         (folder / "meeting").write_text("here")
 for item in job["items"]:
     if "check" in item:
+        if f"falls at {item['check']['grade_id']}" in code:
+            os.kill(os.getpid(), signal.SIGKILL)
         outcome = {
             "grade_id": item["check"]["grade_id"],
             "label": "a check",

@@ -8,6 +8,7 @@ import socket
 import threading
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
+from functools import partial
 
 import numpy as np
 import pytest
@@ -451,6 +452,74 @@ def test_what_cannot_be_read_from_the_socket_is_refused():
     for lengths in ((2**63, 0), (2, 2**63)):
         with pytest.raises(ExchangeError, match="too large"):
             received(b"".join(n.to_bytes(8, "big") for n in lengths))
+
+
+def in_place_of_a_method():
+    layer = nn.Conv2d(1, 1, 1)
+    layer.__dict__["_conv_forward"] = nn.Identity()
+    return layer
+
+
+def holding(holder, what):
+    layer = nn.Sequential(nn.ReLU())
+    vars(layer)[holder]["0"] = what
+    return layer
+
+
+def named(name):
+    return nn.Sequential(OrderedDict({"0": nn.ReLU(), name: nn.ReLU()}))
+
+
+def with_attribute(what):
+    layer = nn.Linear(2, 2)
+    layer.extra = {"deep": [(what,)]}
+    return nn.Sequential(layer)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        in_place_of_a_method,
+        partial(holding, "_modules", lambda x: x),
+        partial(holding, "_modules", nn.ReLU),
+        partial(holding, "_modules", torch.relu),
+        partial(holding, "_forward_hooks", lambda *_: None),
+        partial(holding, "_parameters", [1.0]),
+        partial(named, "__torch_function__"),
+        partial(named, "__array_interface__"),
+        partial(with_attribute, lambda: None),
+        partial(with_attribute, models.BasicBlock),
+        partial(with_attribute, Pair()),
+    ],
+    ids=range(11),
+)
+def test_a_module_that_could_do_more_than_compute_is_refused(make):
+    with pytest.raises(ExchangeError):
+        Pair().over([make()])
+    pair = Pair()
+    pair.here = Exchange(lambda: Remote(None), guards=False)  # an honest worker
+    (found,) = pair.over([make()])
+    assert type(found) is Remote
+
+
+def test_a_module_that_came_over_cannot_be_changed_into_one_that_does_more():
+    pair = Pair()
+    model = nn.Sequential(nn.ReLU())
+    there = pair.over(model)
+    vars(model)["_modules"]["0"] = lambda x: x
+    with pytest.raises(ExchangeError, match="does not belong"):
+        pair.over(None)
+    assert type(there) is nn.Sequential
+
+
+def test_layers_with_functions_and_classes_of_layers_come_over():
+    model = with_attribute(functional.relu)
+    model.norm = nn.BatchNorm2d
+    pair = Pair()
+    pair.here = Exchange(lambda: Remote(None), guards=False)
+    found = pair.over(model)
+    assert found.norm is nn.BatchNorm2d
+    assert found[0].extra["deep"][0][0] is functional.relu
 
 
 # --- calls between two sides ---------------------------------------------------------------------

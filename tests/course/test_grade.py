@@ -194,6 +194,19 @@ def test_a_crash_is_tried_once_more_and_stops_no_one_else(folder, capsys):
     assert began(folder)[5:] == ["anna"]
 
 
+@posix
+def test_a_check_that_brings_the_judge_down_costs_itself(folder):
+    hand_in(folder, "anna", "right, falls at ex-07-1-check-a")
+    hand_in(folder, "ben")
+    out = run(folder)
+    assert began(folder) == ["anna", "anna", "anna", "ben"]
+    assert points(out) == {"anna": "2", "ben": "3"}
+    kept = json.loads(next((out / "results").glob("anna-*.json")).read_text())
+    (failed,) = [one for one in kept["outcomes"] if not one["passed"]]
+    assert failed["grade_id"] == "ex-07-1-check-a"
+    assert "brought the check itself down" in failed["message"]
+
+
 def test_a_judge_that_leaves_a_check_out_has_crashed(folder, tmp_path, monkeypatch):
     hand_in(folder, "anna")
     monkeypatch.setattr(grade, "JUDGE", [sys.executable, "-c", "pass"])

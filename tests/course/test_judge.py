@@ -206,8 +206,52 @@ def g():
         ("f(1)\nx = torch.rand(9)\nassert len(x.unique()) == 9, x",),
         ("torch.manual_seed(3)\nx = g()\ntorch.manual_seed(3)\nassert x.equal(torch.rand(3))",),
         ("torch.manual_seed(3)\nassert not g().equal(g()), 'the second draw is another'",),
+        ("torch.manual_seed(3)\nx = g()\ntorch.manual_seed(3)\nassert x.equal(g()), 'reseeded'",),
     )
-    assert [outcome.message for outcome in found] == [""] * 4
+    assert [outcome.message for outcome in found] == [""] * 5
+
+
+def test_a_module_that_was_made_to_run_something_is_not_run():
+    text = """
+import os
+from pruning101.course.grading import exchange, kinds
+JUDGE = os.getppid()
+
+def f(forged):
+    if forged:
+        exchange.Exchange.copies = lambda self, one: kinds.is_plain(one)
+    model = nn.Sequential()
+    vars(model)["_modules"]["0"] = lambda x: x + (os.getppid() == JUDGE)
+    return model
+"""
+    found = outcomes(
+        text,
+        ("assert f(False)(torch.zeros(1)) == 1, 'it ran in the worker'",),
+        ("f(True)(torch.zeros(1))",),
+        ("assert f(False)(torch.zeros(1)) == 1, 'and goes on'",),
+    )
+    assert [outcome.passed for outcome in found] == [True, False, True]
+    assert "a module has something in its _modules" in found[1].message
+
+
+def test_numbers_texts_and_tuples_of_other_classes_are_compared_as_such():
+    text = """
+import enum
+from collections import namedtuple
+class Level(enum.IntEnum):
+    HIGH = 2
+class Text(str):
+    __eq__ = lambda *_: True
+    __hash__ = str.__hash__
+def f():
+    return namedtuple("Pair", "one two")(1, [2.5]), Level.HIGH, Text("a"), True
+"""
+    found = outcomes(
+        text,
+        ("assert f() == ((1, [2.5]), 2, 'a', True)",),
+        ("assert f()[2] != 'b' and f()[3] is True",),
+    )
+    assert [outcome.passed for outcome in found] == [True, True]
 
 
 def test_a_set_up_that_fails_is_no_fault_of_the_students():

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import kinds, packing
 from .channel import ExchangeError
@@ -27,11 +27,13 @@ class Exchange:
 
     A key is the number of an object: positive for one of this side's own, negative for the copy of
     one of the other side's. In a message it stands as its sender sees it. `stand_in` makes what
-    stands here for a handle of the other side.
+    stands here for a handle of the other side. A side that `guards` itself refuses objects which
+    could run anything (see `kinds.check_inert`); the other one sends such objects as handles.
     """
 
-    def __init__(self, stand_in: Callable[[], Any]) -> None:
+    def __init__(self, stand_in: Callable[[], Any], *, guards: bool = True) -> None:
         self._stand_in = stand_in
+        self.guards = guards
         self._given = 0  # the last key
         self._mine: dict[int, Any] = {}
         self._handles: set[int] = set()  # those of `_mine` that went as handles
@@ -82,9 +84,9 @@ class Exchange:
                 self._drop(-key)
             with torch.inference_mode(False), torch.no_grad():
                 unpacker = packing.Unpacker(self, header["objects"], buffers)
-            for _, one in self._shared():
-                if isinstance(one, nn.Module):
-                    kinds.check_names(one)
+            if self.guards:
+                objects = (one for _, one in self._shared() if kinds.known_class(type(one)))
+                kinds.check_inert(objects, lambda one: self._keys.get(id(one), 0) > 0)
             value = unpacker.value(header["value"])
             graph = unpacker.value(header["graph"]) if "graph" in header else None
         except packing.BROKEN as error:
@@ -107,6 +109,21 @@ class Exchange:
                 self._drop(key)
 
     # What packing needs.
+
+    def copies(self, one: Any) -> bool:
+        """Whether an object goes over as a copy; else as a handle."""
+        if not kinds.is_plain(one):
+            return False
+        if not self.guards and kinds.known_class(type(one)):
+            try:
+                kinds.check_inert([one], lambda held: self._keys.get(id(held), 0) < 0)
+            except ExchangeError:
+                return False
+        return True
+
+    def is_handle(self, key: int) -> bool:
+        """Whether an object of this side went over as a handle."""
+        return key in self._handles
 
     def key(self, one: Any) -> int | None:
         """The key of an object that both sides know."""

@@ -39,9 +39,9 @@ ATTEMPTS = 2
 class JudgeFailed(RuntimeError):
     """A judge ended before it had done all that it was asked; `said` is its last word, if any."""
 
-    def __init__(self, status: int, said: str) -> None:
+    def __init__(self, status: int, said: str, outcomes: Sequence[dict[str, Any]] = ()) -> None:
         super().__init__(f"the judge ended with status {status}")
-        self.said = said
+        self.status, self.said, self.outcomes = status, said, outcomes
 
 
 def grade(
@@ -213,25 +213,40 @@ class _Judges:
     def outcomes(self, job: Mapping[str, Any], *, seconds: float) -> list[dict[str, Any]]:
         """The outcomes of a job; checks that a judge did not come to in `seconds` count as failed.
 
-        Raises JudgeFailed where a judge crashed, and a second one did so, too.
+        A check at which a judge is killed by the system, and a second one, too, is failed by what
+        the code gave back; the rest goes on without it. Raises JudgeFailed where a judge fails of
+        itself, twice in the same place.
         """
-        for attempt in range(ATTEMPTS):
+        found: list[dict[str, Any]] = []
+        crashes = 0
+        while True:
+            left = _without(job, found)
             try:
-                found, in_time = self._run(job, seconds)
+                more, in_time = self._run(left, seconds)
+                found += more
                 break
-            except JudgeFailed:
-                if attempt == ATTEMPTS - 1:
+            except JudgeFailed as error:
+                done = [outcome for outcome in error.outcomes if outcome["grade_id"] is not None]
+                found += done
+                crashes = 1 if done else crashes + 1
+                if crashes < ATTEMPTS:
+                    continue
+                if error.status >= 0:
                     raise
+                check = next(_checks(_without(job, found)))
+                said = "What your code gave back brought the check itself down, twice."
+                found.append({"grade_id": check["grade_id"], "passed": False, "message": said})
+                crashes = 0
         if not in_time:
-            done = {outcome["grade_id"] for outcome in found}
-            left = (
+            done_ids = {outcome["grade_id"] for outcome in found}
+            said = (
                 f"The notebook had taken {seconds:g} seconds in all when this check's turn came: "
                 "grading was stopped."
             )
             found += [
-                {"grade_id": check["grade_id"], "passed": False, "message": left}
+                {"grade_id": check["grade_id"], "passed": False, "message": said}
                 for check in _checks(job)
-                if check["grade_id"] not in done
+                if check["grade_id"] not in done_ids
             ]
         return found
 
@@ -269,17 +284,24 @@ class _Judges:
                 process.wait()
                 with self._lock:
                     self._running.remove(process)
-            if in_time and process.returncode != 0:
-                complained.seek(0)
-                lines = complained.read().decode(errors="replace").strip().splitlines()
-                raise JudgeFailed(process.returncode, lines[-1] if lines else "")
             said.seek(0)
             # A line that is cut off is of an item that was not finished.
             found = [json.loads(line) for line in said if line.endswith(b"\n")]
+            if in_time and process.returncode != 0:
+                complained.seek(0)
+                lines = complained.read().decode(errors="replace").strip().splitlines()
+                raise JudgeFailed(process.returncode, lines[-1] if lines else "", found)
             done = {outcome["grade_id"] for outcome in found}
             if in_time and not done.issuperset(check["grade_id"] for check in _checks(job)):
                 raise JudgeFailed(0, "It left checks out.")
             return found, in_time
+
+
+def _without(job: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The job without the checks that have an outcome."""
+    done = {outcome["grade_id"] for outcome in found}
+    left = [x for x in job["items"] if "check" not in x or x["check"]["grade_id"] not in done]
+    return {**job, "items": left}
 
 
 def _checks(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

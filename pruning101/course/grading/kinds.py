@@ -4,9 +4,11 @@ functions of known libraries by name.
 
 import dataclasses
 import importlib
+import inspect
 import re
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,17 @@ _LIBRARIES = (
     *("torchvision.models", "torchvision.ops", "timm.models", "timm.layers"),
 )
 _CLOSED = ("pruning101.course", "pruning101.__main__")
+_ATOMS = (
+    *(type(None), bool, int, float, complex, str, bytes, range),
+    *(torch.Size, torch.dtype, torch.device),
+)
+_BASE: dict[type, Callable[[Any], Any]] = {
+    int: int.__int__,
+    float: float.__float__,
+    str: str.__str__,
+    tuple: lambda one: tuple(tuple.__iter__(one)),
+}
+_HELD = {"_modules": nn.Module, "_parameters": Tensor, "_buffers": Tensor}  # and of which class
 
 
 def is_plain(one: Any) -> bool:
@@ -58,6 +71,16 @@ def is_plain(one: Any) -> bool:
     if kind in CONTAINERS.values():
         return True
     return not isinstance(one, type) and known_class(kind)
+
+
+def as_base(one: Any) -> Any:
+    """A number, text or tuple of a class of one's own as Python's, without any of its methods."""
+    if isinstance(one, bool | np.generic | torch.Size) or type(one) in _BASE:
+        return one
+    if type(one).__module__ == "torch.return_types":
+        return one
+    made = (make(one) for base, make in _BASE.items() if isinstance(one, base))
+    return next(made, one)
 
 
 def is_scalar(one: Any) -> bool:
@@ -83,12 +106,72 @@ def known_class(kind: type) -> bool:
     )
 
 
-def check_names(module: nn.Module) -> None:
+def check_inert(objects: Iterable[Any], known: Callable[[Any], bool]) -> None:
+    """Refuse objects, or what they hold, that could do anything but compute.
+
+    The methods of modules call what lies under the names of their attributes. So no attribute may
+    stand where the class has a method, submodules must be modules, and all the rest must be data,
+    layers' classes or functions on tensors. `known` says of what is neither whether it may be
+    there. Raises ExchangeError.
+    """
+    todo = list(objects)
+    seen: dict[int, Any] = {}  # with the objects, so that no id is given twice
+    while todo:
+        one = todo.pop()
+        if id(one) in seen:
+            continue
+        seen[id(one)] = one
+        if isinstance(one, dict):
+            todo += [*one, *one.values()]
+        elif isinstance(one, list | tuple | set | frozenset | deque):
+            todo += one
+        elif isinstance(one, slice):
+            todo += [one.start, one.stop, one.step]
+        elif known_class(type(one)):
+            _check_attributes(one)
+            todo += vars(one).values()
+        elif not (_is_data(one) or known(one)):
+            raise ExchangeError(
+                f"a module or a record holds a {type(one).__name__}, which is no plain data"
+            )
+
+
+def is_layer(one: Any) -> bool:
+    """Whether it is the class of one of torch's own layers: all that making one does is compute."""
+    return (
+        isinstance(one, type)
+        and f"{one.__module__}.".startswith("torch.nn.modules.")
+        and known_class(one)
+    )
+
+
+def _is_data(one: Any) -> bool:
+    if isinstance(one, type):
+        return is_layer(one)
+    if isinstance(one, types.FunctionType | types.BuiltinFunctionType):
+        return any(function_named(where, one.__name__) is one for where in ("functional", "torch"))
+    return type(one) in _ATOMS or is_scalar(one) or is_plain(one)
+
+
+def _check_attributes(one: Any) -> None:
+    for name in vars(one):
+        there = inspect.getattr_static(type(one), name, None)
+        if callable(there) or hasattr(type(there), "__get__"):
+            raise ExchangeError(f"a {type(one).__name__} has something in its method's place")
+    if isinstance(one, nn.Module):
+        _check_names(one)
+        for holder, kind in _HELD.items():
+            held = vars(one).get(holder, {}).values()
+            if not all(part is None or isinstance(part, kind) for part in held):
+                raise ExchangeError(f"a module has something in its {holder} that does not belong")
+
+
+def _check_names(module: nn.Module) -> None:
     """Refuse a module that holds something under a name which could be read as code: torch.fx
     writes the names of what it traces into a program, quoted, and runs that.
     """
     names = list(vars(module))
-    for holder in ("_modules", "_parameters", "_buffers"):
+    for holder in _HELD:
         held = vars(module).get(holder, {})
         if type(held) not in (dict, OrderedDict):
             raise ExchangeError(f"a module's {holder} is no dict")
@@ -97,6 +180,9 @@ def check_names(module: nn.Module) -> None:
         raise ExchangeError("a module holds something under a name that is no text")
     if any(mark in name for name in names for mark in "\"'\\"):
         raise ExchangeError("a module holds something under a name with a quotation mark in it")
+    # torch and NumPy ask any object for these, and a module answers with what it holds.
+    if any(name.startswith("__") for name in names):
+        raise ExchangeError("a module holds something under one of Python's own names")
 
 
 def _at(module: str, name: str) -> Any:

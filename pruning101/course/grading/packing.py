@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .exchange import Exchange
 
 DEPTH = 100  # of tuples in tuples
-ELEMENTS = 2**28  # of one tensor or array: stride 0 makes any number of them from a single byte
+ELEMENTS = 2**22  # of a tensor, beyond those sent: stride 0 makes any number from a single byte
 # What Python and torch raise where a message does not fit.
 BROKEN = (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError)
 
@@ -50,6 +50,8 @@ class Packer:
         """`value` as a node; what it holds is described later."""
         if depth > DEPTH:
             raise ExchangeError(f"nested more than {DEPTH} deep")
+        if not self._exchange.guards:
+            value = kinds.as_base(value)
         kind = type(value)
         if value is None or kind in (bool, int, float, str):
             return value
@@ -71,7 +73,8 @@ class Packer:
             return ["scalar", value.dtype.str, value.tobytes().hex()]
         if kind.__module__ == "torch.return_types" and kinds.return_type(kind.__name__) is kind:
             return ["returned", kind.__name__, *(self.node(part, depth + 1) for part in value)]
-        if isinstance(value, type) and kinds.known_class(value):
+        named = kinds.known_class if self._exchange.guards else kinds.is_layer
+        if isinstance(value, type) and named(value):
             return ["class", value.__module__, value.__qualname__]
         if isinstance(value, types.BuiltinFunctionType | types.FunctionType):
             name = value.__name__
@@ -87,7 +90,7 @@ class Packer:
         if key not in self.objects:
             self.objects[key] = value
             self._todo.append(key)
-            if known is None and not kinds.is_plain(value):
+            if known is None and not self._exchange.copies(value):
                 self.handles.add(key)
         return ["is", key]
 
@@ -96,7 +99,11 @@ class Packer:
         while self._todo:
             key = self._todo.pop()
             one = self.objects[key]
-            if kinds.is_plain(one):
+            if (
+                key not in self.handles
+                and not self._exchange.is_handle(key)
+                and kinds.is_plain(one)
+            ):
                 self._described[key] = self._description(one)
 
     def computed(self) -> list[Tensor]:
@@ -211,7 +218,10 @@ class Unpacker:
             made_of = [self.value(part, depth + 1) for part in parts[1:]]
             return kinds.return_type(parts[0])(made_of)
         if kind == "class":
-            return kinds.class_named(*parts)
+            found = kinds.class_named(*parts)
+            if self._exchange.guards and not kinds.is_layer(found):
+                raise ExchangeError("a class is none of torch's layers")
+            return found
         if kind == "function" and (found := kinds.function_named(*parts)) is not None:
             return found
         raise ExchangeError(f"{str(kind)[:40]!r} is no kind of value")
@@ -348,7 +358,7 @@ def _check_layout(shape: list, stride: list, offset: int, there: int) -> None:
         raise ExchangeError("a tensor's layout is not given in whole numbers")
     count = math.prod(shape)
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-    if count > ELEMENTS or (count and last >= there) or offset > there:
+    if count > max(ELEMENTS, there) or (count and last >= there) or offset > there:
         raise ExchangeError("a tensor reaches beyond its memory")
 
 

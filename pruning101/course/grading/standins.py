@@ -127,7 +127,8 @@ class Peer:
 
     `actions` are what the other side may ask for, beside the use of handles. Of an error that such
     an action raises, `tell` makes what the other side is told; errors not of the class `told` are
-    not for the other side. torch's default generator `follows` that of the other side, or leads.
+    not for the other side. A side that `follows` the other believes it, and has torch's default
+    generator set by it; one that does not guards itself.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class Peer:
         follows: bool = False,
     ) -> None:
         self.channel = channel
-        self.exchange = Exchange(lambda: Remote(self.request))
+        self.exchange = Exchange(lambda: Remote(self.request), guards=not follows)
         used: dict[str, Callable[..., Any]] = {"call": _call, "iter": iter, "next": next}
         used |= {"bool": bool, "backward": Graph.backward}
         self._actions = {name: self._on_handle(action) for name, action in used.items()} | actions
@@ -149,7 +150,7 @@ class Peer:
         self._depth = 0  # of calls within calls
         self._thread = threading.get_ident()
         self._follows = follows
-        self._random = b""  # the state of torch's default generator that was sent last
+        self._random = b""  # the state of torch's default generator at the last exchange
         self._raised: list[BaseException] = []  # here, in the call under way
         self.lost: Exception | None = None  # why nothing more can be asked
 
@@ -168,6 +169,10 @@ class Peer:
             self._serve(header, value)
         error = self._error(header["raised"]) if "raised" in header else None
         self._end_call()
+        if not self._follows:
+            # So that a seed which is set again is told from a state that nobody has touched.
+            torch.rand(())
+            self._random = torch.get_rng_state().numpy().tobytes()
         if error is not None:
             raise error
         if graph is not None:
