@@ -148,9 +148,7 @@ def is_layer(one: Any) -> bool:
 def _is_data(one: Any) -> bool:
     if isinstance(one, type):
         return is_layer(one)
-    if isinstance(one, types.FunctionType | types.BuiltinFunctionType):
-        return any(function_named(where, one.__name__) is one for where in ("functional", "torch"))
-    return type(one) in _ATOMS or is_scalar(one) or is_plain(one)
+    return type(one) in _ATOMS or is_scalar(one) or is_plain(one) or place_of(one) is not None
 
 
 def _check_attributes(one: Any) -> None:
@@ -219,6 +217,14 @@ def function_named(place: str, name: str) -> Any:
         return found if builtin and hasattr(Tensor, name) else None
     ours = getattr(found, "__module__", None) in ("torch.nn.functional", "torch._C._nn")
     return found if ours or function_named("torch", name) is found else None
+
+
+def place_of(one: Any) -> str | None:
+    """Where `function_named` finds a function under its own name; None for anything else."""
+    if not isinstance(one, types.BuiltinFunctionType | types.FunctionType):
+        return None
+    places = ("functional", "torch")
+    return next((place for place in places if function_named(place, one.__name__) is one), None)
 
 
 def return_type(name: str) -> Any:

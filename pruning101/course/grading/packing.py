@@ -12,7 +12,6 @@ beside the value; so cycles and any depth of lists in lists are no matter.
 import hashlib
 import json
 import math
-import types
 from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -76,11 +75,8 @@ class Packer:
         named = kinds.known_class if self._exchange.guards else kinds.is_layer
         if isinstance(value, type) and named(value):
             return ["class", value.__module__, value.__qualname__]
-        if isinstance(value, types.BuiltinFunctionType | types.FunctionType):
-            name = value.__name__
-            for place in ("functional", "torch"):
-                if kinds.function_named(place, name) is value:
-                    return ["function", place, name]
+        if (place := kinds.place_of(value)) is not None:
+            return ["function", place, value.__name__]
         known = self._exchange.key(value)
         key = self._numbers.get(id(value)) if known is None else known
         if key is None:
