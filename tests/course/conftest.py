@@ -15,6 +15,16 @@ from pruning101.course import build, material
 
 TINY = Path(__file__).parent / "tiny" / "lessons"
 ROOT = Path(__file__).resolve().parents[2]
+CHROMIUM = os.environ.get("PRUNING101_CHROMIUM") or shutil.which("chromium")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 @pytest.fixture
@@ -131,3 +141,16 @@ def colab(wheel, tmp_path_factory):
             if not ours and entry.suffix != ".pth":
                 (folder / "dist-packages" / entry.name).symlink_to(entry)
     return empty_environment(folder / "venv", [folder / "dist-packages"])
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        message = "no Chromium: install the distribution's, or set PRUNING101_CHROMIUM"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()

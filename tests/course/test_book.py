@@ -18,7 +18,6 @@ from urllib.parse import unquote, urlsplit
 
 import nbformat
 import pytest
-from test_browser import CHROMIUM, FLAGS
 
 import pruning101
 from pruning101.course import book, book_methods, cli
@@ -418,19 +417,6 @@ def test_lessons_can_be_launched_and_exercises_downloaded(html):
 
 
 # --- in the browser -----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        message = "no Chromium: install the distribution's, or set PRUNING101_CHROMIUM"
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
 
 
 # The least contrast of a text with what lies behind it, and that text.

@@ -2,7 +2,6 @@
 that can be read aloud, and a learner gets from the index to a solved and saved exercise.
 """
 
-import os
 import shutil
 from pathlib import Path
 
@@ -12,16 +11,6 @@ import pytest
 from pruning101.course import material
 
 ROOT = Path(__file__).resolve().parents[2]
-CHROMIUM = os.environ.get("PRUNING101_CHROMIUM") or shutil.which("chromium")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 MINUTE = 60_000  # milliseconds
 LESSONS = ["03_magnitude", "04_lottery_tickets", "05_structured"]
 LESSONS += ["06_layer_folding", "07_activation_entropy", "08_layer_collapse", "09_lacoot"]
@@ -107,19 +96,6 @@ FAINT = """() => {
     }
     return faint;
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        message = "no Chromium: install the distribution's, or set PRUNING101_CHROMIUM"
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
 
 
 def opened(browser, address):
